@@ -1,0 +1,289 @@
+"""Checks at the door: say what we got, what we expected, and what to do."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_known(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuse unknown names, naming the nearest known one."""
+    known = list(known)
+    for name in given:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+        raise TypeError(f"{name!r} is not {what}; {hint}")
+
+
+def look_up(table: Mapping[str, Any], choice: str | Callable, argument: str) -> Any:
+    """The entry of a table, or `choice` itself where it is a part and not a name."""
+    if not isinstance(choice, str):
+        return choice
+    if choice not in table:
+        raise ValueError(f"{argument}={choice!r}, expected one of {', '.join(map(repr, table))}")
+    return table[choice]
+
+
+def check_at_least(minimum: int, **sizes: int) -> None:
+    """Refuse sizes that are no integers or too small."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < minimum:
+            raise ValueError(f"{name}={size!r}, expected an integer of at least {minimum}")
+
+
+def check_rate(**rates: float) -> None:
+    """Refuse dropout rates outside [0, 1)."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name}={rate!r}, expected a probability in [0, 1)")
+
+
+def checked_label_prior(y_prior: Any, n_labels: int) -> Tensor:
+    """Uniform for None; otherwise probabilities of shape (n_labels,) or (1, n_labels)."""
+    if y_prior is None:
+        return torch.full((n_labels,), 1 / n_labels)
+    prior = torch.as_tensor(y_prior, dtype=torch.get_default_dtype()).detach().clone()
+    if prior.shape not in {(n_labels,), (1, n_labels)}:
+        raise ValueError(
+            f"y_prior has shape {tuple(prior.shape)}, expected one probability for each of the "
+            f"{n_labels} labels"
+        )
+    if not (prior > 0).all() or not torch.isclose(prior.sum(), prior.new_ones(()), atol=1e-4):
+        raise ValueError(
+            f"y_prior sums to {prior.sum().item():.6g} and its smallest entry is "
+            f"{prior.min().item():.6g}; expected positive probabilities that sum to 1"
+        )
+    return prior.reshape(n_labels)
+
+
+def checked_label_groups(labels_groups: Any, use: bool, n_labels: int) -> Tensor | None:
+    """Group ids (n_labels,) without gaps, or None where groups are not used."""
+    if use != (labels_groups is not None):
+        missing, given = (
+            ("labels_groups", "use_labels_groups=True")
+            if use
+            else ("use_labels_groups=True", "labels_groups")
+        )
+        raise ValueError(f"{given} is given without {missing}; give both or neither")
+    if labels_groups is None:
+        return None
+    groups = torch.as_tensor(labels_groups, dtype=torch.long)
+    if groups.shape != (n_labels,):
+        raise ValueError(
+            f"labels_groups has shape {tuple(groups.shape)}, expected the group of each of the "
+            f"{n_labels} labels"
+        )
+    found = groups.unique()
+    if not torch.equal(found, torch.arange(len(found))):
+        raise ValueError(
+            f"labels_groups holds the ids {found.tolist()}; number them 0, 1, ... without gaps"
+        )
+    return groups
+
+
+def checked_library_prior(values: Any, n_batch: int, name: str, positive: bool) -> Tensor:
+    """Mean or variance of log library for each batch, (n_batch,)."""
+    if values is None:
+        raise ValueError(
+            f"use_observed_lib_size=False needs {name}: one number for each of the {n_batch} "
+            "batches, of the log of the cells' total counts"
+        )
+    values = torch.as_tensor(values, dtype=torch.get_default_dtype()).reshape(-1)
+    if values.shape != (n_batch,):
+        raise ValueError(f"{name} holds {len(values)} numbers, expected {n_batch}: one a batch")
+    if not values.isfinite().all() or (positive and not (values > 0).all()):
+        wanted = "finite and positive" if positive else "finite"
+        raise ValueError(f"{name} is {values.tolist()}, expected {wanted} numbers")
+    return values
+
+
+def check_arguments(constructor: Callable, unknown: Mapping[str, Any]) -> None:
+    """Refuse keywords that `constructor` does not spell out."""
+    parameters = inspect.signature(constructor).parameters
+    name = constructor.__name__
+    check_known(unknown, [p for p in parameters if p != "unknown"], f"an argument of {name}")
+
+
+def check_absent(given: Mapping[str, Any], needs: str) -> None:
+    """Refuse arguments that would be ignored."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} is given, but it belongs to {needs}")
+
+
+def checked_layer_arguments(given: Mapping[str, Any] | None, argument: str) -> dict[str, Any]:
+    """`activation` and `bias` of hidden layers."""
+    check_known(given or {}, ["activation", "bias"], f"a key of {argument}")
+    return dict(given or {})
+
+
+def checked_classifier_parameters(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`n_hidden`, `n_layers` and `dropout_rate`; scvi-tools' `logits` must be True."""
+    given = dict(given or {})
+    known = ["n_hidden", "n_layers", "dropout_rate"]
+    check_known(given, [*known, "logits"], "a key of classifier_parameters")
+    if not given.pop("logits", True):
+        raise ValueError(
+            "classifier_parameters['logits'] is False, but the classifier always "
+            "returns logits; take their softmax for probabilities"
+        )
+    check_at_least(0, **{k: given[k] for k in ("n_layers", "n_hidden") if k in given})
+    check_rate(**{k: given[k] for k in ("dropout_rate",) if k in given})
+    if given.get("n_hidden") == 0:  # scvi-tools' way to ask for a linear classifier
+        given |= {"n_layers": 0, "n_hidden": 1}
+    return given
+
+
+class InputError(ValueError):
+    """Data or arguments of the user that cannot be worked with; the message says what to do."""
+
+
+def check_cells(
+    vae: nn.Module,
+    cells: Any,
+    batch_given: bool = True,
+    covariates: bool = True,
+    size_factors: bool = True,
+) -> None:
+    """Refuse a minibatch that does not fit the model.
+
+    Parameters
+    ----------
+    vae
+        The :class:`~pyro_scanvi.SCANVAE`.
+    cells
+        The :class:`~pyro_scanvi.Cells` that came in at a door.
+    batch_given
+        Whether the batches are given, not filled in.
+    covariates, size_factors
+        Whether they will be read, so that those of the model must be there; batches are read with
+        the covariates.
+
+    Raises
+    ------
+    ValueError
+        For a wrong number of genes or rows, a code out of range, a negative or missing number,
+        or a covariate that is announced but not given or given but not announced.
+    """
+    if covariates and vae.n_batch > 1 and not batch_given:
+        raise ValueError(f"batch: none given, but the model has {vae.n_batch}; give the codes")
+    _check_counts(cells.x, vae.n_input)
+    n_cells = len(cells.x)
+    check_codes("batch", cells.batch, n_cells, vae.n_batch)
+    check_codes("label", cells.label, n_cells, vae.n_labels, smallest=-1)
+    _check_continuous(cells.continuous, n_cells, vae.n_continuous_cov, covariates)
+    _check_categorical(cells.categorical, n_cells, vae.n_cats_per_cov, covariates)
+    _check_size_factor(cells.size_factor, n_cells, vae.use_size_factor_key, size_factors)
+
+
+def check_codes(name: str, codes: Tensor, n_cells: int, n: int, smallest: int = 0) -> None:
+    """Refuse codes that are not one for each cell, or lie outside smallest..n-1."""
+    check_shape(name, codes, (n_cells,))
+    if n_cells and (codes.min() < smallest or codes.max() >= n):
+        raise ValueError(
+            f"{name} holds codes from {codes.min().item()} to {codes.max().item()}, expected "
+            f"{smallest} to {n - 1}; encode the cells with the categories of the model"
+        )
+
+
+def check_shape(name: str, values: Tensor, expected: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape."""
+    if tuple(values.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, expected {expected}")
+
+
+def check_latents(z: Tensor, library: Tensor, n_latent: int) -> None:
+    """Refuse samples of z and of log l that are not (..., N, n_latent) and (..., N, 1)."""
+    if z.ndim < 2 or z.shape[-1] != n_latent:
+        raise ValueError(f"z has shape {tuple(z.shape)}, expected (..., cells, {n_latent})")
+    if library.shape not in {(*z.shape[:-1], 1), (z.shape[-2], 1)}:
+        raise ValueError(
+            f"library has shape {tuple(library.shape)}, expected {(*z.shape[:-1], 1)}: one "
+            "logarithm a cell"
+        )
+
+
+def flat(name: str, codes: Tensor) -> Tensor:
+    """Integer codes of shape (N,), from whole numbers of shape (N,) or (N, 1)."""
+    if codes.ndim not in (1, 2) or (codes.ndim == 2 and codes.shape[1] != 1):
+        raise ValueError(
+            f"{name} has shape {tuple(codes.shape)}, expected (cells,) or (cells, 1): one code "
+            "a cell"
+        )
+    return whole(name, codes).reshape(-1)
+
+
+def whole(name: str, codes: Tensor) -> Tensor:
+    """The same codes as integers."""
+    integers = codes.long()
+    if not (integers == codes).all():
+        raise ValueError(f"{name} holds fractions or NaN; expected whole numbers")
+    return integers
+
+
+def known_labels(name: str, labels: Tensor, n_labels: int) -> Tensor:
+    """Label codes, (N,), with -1 for every code outside 0..n_labels-1."""
+    labels = flat(name, labels)
+    return torch.where((labels >= 0) & (labels < n_labels), labels, -1)
+
+
+def _check_counts(x: Tensor, n_genes: int) -> None:
+    if x.ndim != 2 or x.shape[1] != n_genes:
+        raise ValueError(
+            f"counts have shape {tuple(x.shape)}, expected (cells, {n_genes}): the genes of the "
+            "model, in its order"
+        )
+    if x.numel() and not (x.isfinite().all() and x.min() >= 0):
+        raise ValueError(
+            f"counts hold negative numbers, NaN or infinity (the smallest is {x.min().item():.6g});"
+            " expected raw counts"
+        )
+
+
+def _check_announced(name: str, given: bool, announced: bool, read: bool, argument: str) -> None:
+    if announced and read and not given:
+        raise ValueError(f"{name}: none given, but the model was built with {argument}; give it")
+    if given and not announced:
+        raise ValueError(
+            f"{name}: given, but the model was built without {argument} and would ignore it; "
+            "leave it out"
+        )
+
+
+def _check_continuous(values: Tensor | None, n_cells: int, n: int, read: bool) -> None:
+    name = "continuous covariates"
+    _check_announced(name, values is not None, n > 0, read, "n_continuous_cov")
+    if values is None:
+        return
+    check_shape(name, values, (n_cells, n))
+    if not values.isfinite().all():
+        raise ValueError(f"{name} hold NaN or infinity; expected finite numbers")
+
+
+def _check_categorical(
+    codes: Tensor | None, n_cells: int, n_categories: tuple[int, ...], read: bool
+) -> None:
+    name = "categorical covariates"
+    _check_announced(name, codes is not None, len(n_categories) > 0, read, "n_cats_per_cov")
+    if codes is None:
+        return
+    check_shape(name, codes, (n_cells, len(n_categories)))
+    for i, n in enumerate(n_categories):
+        check_codes(f"categorical covariate {i}", codes[:, i], n_cells, n)
+
+
+def _check_size_factor(values: Tensor | None, n_cells: int, announced: bool, read: bool) -> None:
+    _check_announced("size_factor", values is not None, announced, read, "use_size_factor_key")
+    if values is None:
+        return
+    check_shape("size_factor", values, (n_cells, 1))
+    if n_cells and not (values.isfinite().all() and values.min() > 0):
+        raise ValueError(
+            f"the smallest size_factor is {values.min().item():.6g}; expected finite and positive "
+            "numbers"
+        )

@@ -1,0 +1,211 @@
+"""The command line: ``pyro-scanvi annotate`` and ``pyro-scanvi demo``."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import anndata as ad
+import h5py
+import matplotlib
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pyro_scanvi import datasets, plotting
+from pyro_scanvi.baselines import baseline_probabilities
+from pyro_scanvi.checks import InputError
+from pyro_scanvi.fields import check_names, empty_cells
+from pyro_scanvi.files import check_folder, check_writable, replacing
+from pyro_scanvi.metrics import label_scores
+from pyro_scanvi.scanvi import SCANVI
+
+app = typer.Typer(
+    help="Label every cell of an AnnData from a few labelled ones, with scANVI.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+complaints = Console(stderr=True)
+
+Seed = Annotated[int, typer.Option(help="Seed of weights, split, shuffling and sampling.")]
+MaxEpochs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Passes over the data.  [default: min(round(20000 / cells * 400), 400)]",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def annotate(
+    source: Annotated[Path, typer.Argument(metavar="IN.h5ad", help="Cells by genes, raw counts.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.h5ad", help="Where to write the result.")],
+    labels_key: Annotated[str, typer.Option(help="Column of obs with the labels.")],
+    unlabeled_category: Annotated[
+        str, typer.Option(help="Value of that column where the label is not known.")
+    ] = "Unknown",
+    batch_key: Annotated[
+        str | None, typer.Option(help="Column of obs with the biological batch.")
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Layer with the raw counts; X if not given.")
+    ] = None,
+    max_epochs: MaxEpochs = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Cells in a minibatch.")] = 128,
+    n_hidden: Annotated[int, typer.Option(min=1, help="Units in a hidden layer.")] = 128,
+    n_latent: Annotated[int, typer.Option(min=1, help="Dimensions of the latent space.")] = 10,
+    early_stopping: Annotated[
+        bool, typer.Option(help="Stop when the ELBO of the held-out cells rises no more.")
+    ] = False,
+    seed: Seed = 0,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for pictures; made if it does not exist.")
+    ] = None,
+    drop_empty_cells: Annotated[
+        bool, typer.Option("--drop-empty-cells", help="Leave out cells without counts.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT.h5ad if it exists.")
+    ] = False,
+) -> None:
+    """Label the cells of IN.h5ad and write them to OUT.h5ad.
+
+    OUT.h5ad is IN.h5ad plus obs["scanvi_prediction"], obs["scanvi_confidence"],
+    obsm["scanvi_probabilities"], obsm["X_scanvi"] and uns["pyro_scanvi"].
+    """
+    with _plain_errors():
+        check_writable(output, overwrite, source)
+        _check_report(report)
+        adata = read(source)
+        if drop_empty_cells:
+            adata = _without_empty_cells(adata, layer)
+        SCANVI.setup_anndata(
+            adata, labels_key, unlabeled_category, layer=layer, batch_key=batch_key
+        )
+        model = SCANVI(adata, seed=seed, n_hidden=n_hidden, n_latent=n_latent)
+        model.train(max_epochs, batch_size=batch_size, early_stopping=early_stopping)
+        model.annotate()
+        write(adata, output)
+        console.print(f"annotated cells: {output}")
+        if report is not None:
+            write_report(model, report)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo_output"),
+    labels_per_type: Annotated[
+        int, typer.Option(min=1, help="Labels kept of each type, at most half of a type.")
+    ] = 10,
+    max_epochs: MaxEpochs = None,
+    seed: Seed = 0,
+) -> None:
+    """Annotate 700 real blood cells from a few labels, and score the result on the hidden ones."""
+    with _plain_errors():
+        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder)
+        adata = datasets.pbmc68k_counts()
+        adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], labels_per_type, seed)
+        SCANVI.setup_anndata(adata, "given", "Unknown")
+        model = SCANVI(adata, seed=seed).train(max_epochs)
+        model.annotate()
+        write_report(model, folder)
+        write(adata, folder / "annotated.h5ad")
+        console.print(f"annotated cells: {folder / 'annotated.h5ad'}")
+        console.print(score_table(model))
+
+
+def read(path: Path) -> ad.AnnData:
+    """An AnnData from a file; InputError if it is none."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    if not h5py.is_hdf5(path):
+        raise InputError(f"{path} is no .h5ad file, or it is truncated")
+    try:
+        return ad.read_h5ad(path)
+    except Exception as error:  # h5py and anndata raise whatever the bytes lead them to
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is damaged or holds no AnnData: {first_line}") from error
+
+
+def write(adata: ad.AnnData, path: Path) -> None:
+    """Write an AnnData, whole or not at all."""
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # Names of cell types hold slashes; the columns of obsm are groups of the file.
+        warnings.filterwarnings("ignore", message="Forward slashes", category=FutureWarning)
+        adata.write_h5ad(temporary)
+
+
+def write_report(model: SCANVI, folder: Path) -> None:
+    """UMAP of the latent space and loss curves, as PNG, into a folder."""
+    matplotlib.use("agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = ad.AnnData(obs=model.adata.obs, obsm={"X_scanvi": model.adata.obsm["X_scanvi"]})
+    plotting.compute_umap(picture, model.seed)
+    columns = [model.fields.labels_key, "scanvi_prediction", "scanvi_confidence"]
+    figures = {
+        "umap.png": plotting.umap_figure(picture, columns),
+        "losses.png": plotting.loss_figure(model.history),
+    }
+    for name, figure in figures.items():
+        with replacing(folder / name) as temporary:
+            figure.savefig(temporary, dpi=120)
+        console.print(f"picture: {folder / name}")
+
+
+def score_table(model: SCANVI) -> Table:
+    """Scores on the cells whose label was hidden, beside the baselines."""
+    obs = model.adata.obs
+    labelled = (obs[model.fields.labels_key] != model.fields.unlabeled_category).to_numpy()
+    truth = obs["cell_type"].astype(str).to_numpy()
+    codes = np.searchsorted(model.fields.classes, truth[~labelled])
+    soft = model.adata.obsm["scanvi_probabilities"].to_numpy()[~labelled]
+    methods = {"pyro_scanvi": soft} | baseline_probabilities(model.adata, truth, labelled)
+    table = Table(
+        title=f"{(~labelled).sum()} cells with hidden labels, {labelled.sum()} labelled cells"
+    )
+    for column in ("method", "accuracy", "macro-F1", "expected calibration error"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, probabilities in methods.items():
+        scores = label_scores(codes, probabilities)
+        table.add_row(name, *(f"{score:.3f}" for score in scores.values()))
+    return table
+
+
+def _check_report(folder: Path | None) -> None:
+    if folder is not None and folder.exists():
+        check_folder(folder)
+    elif folder is not None:
+        check_folder(folder.parent)
+
+
+def _without_empty_cells(adata: ad.AnnData, layer: str | None) -> ad.AnnData:
+    check_names(adata)
+    empty = empty_cells(adata, layer)
+    console.print(f"left out {empty.sum()} cells without counts")
+    return adata[~empty].copy()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Say what is wrong with the input in a sentence; what is our fault keeps its traceback."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: complaints.print(
+            f"note: {message}", style="yellow"
+        )
+        try:
+            yield
+        except InputError as error:
+            complaints.print(f"error: {error}", style="red", markup=False)
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    app()

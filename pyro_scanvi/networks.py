@@ -1,0 +1,253 @@
+"""Networks that turn tensors into the parameters of distributions. Pure torch: no Pyro, no AnnData.
+
+Every network accepts inputs of shape ``(..., N, features)``: enumeration adds dimensions on the
+left of the cells. Covariates have shape ``(N, n_covariates)`` and are the same for all of them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over all leading dimensions, with the momentum and epsilon of scVI.
+
+    A minibatch of one row has no variance; it is normalised by the running statistics, which it
+    leaves alone.
+    """
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features, momentum=0.01, eps=0.001)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` of shape (..., num_features)."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.training and len(rows) == 1:
+            statistics = (self.running_mean, self.running_var, self.weight, self.bias)
+            return nn.functional.batch_norm(x, *statistics, eps=self.eps)
+        return super().forward(rows).reshape(x.shape)
+
+
+class HiddenLayers(nn.Module):
+    """Blocks of Linear, BatchNorm, LayerNorm, activation and Dropout.
+
+    Parameters
+    ----------
+    n_in, n_hidden, n_layers
+        Width of the input, width of each hidden layer, and number of layers (0 is the identity).
+    n_covariates
+        Width of the covariates that join the input of the first layer.
+    deep
+        Join them to the input of every layer.
+    dropout_rate
+        Probability of dropping a unit.
+    batch_norm, layer_norm
+        Normalise before the activation; both may be on.
+    activation
+        Makes the activation module.
+    bias
+        Learn a bias in the linear layers.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        n_covariates: int = 0,
+        deep: bool = True,
+        dropout_rate: float = 0.0,
+        batch_norm: bool = True,
+        layer_norm: bool = False,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.n_out = n_hidden if n_layers else n_in
+        self.n_covariates = n_covariates
+        self.layers = nn.ModuleList()
+        for i in range(n_layers):
+            joined = n_covariates if i == 0 or deep else 0
+            block = nn.Sequential()
+            block.add_module(
+                "linear", nn.Linear((n_hidden if i else n_in) + joined, n_hidden, bias=bias)
+            )
+            if batch_norm:
+                block.add_module("batch_norm", BatchNorm(n_hidden))
+            if layer_norm:
+                block.add_module("layer_norm", nn.LayerNorm(n_hidden, elementwise_affine=False))
+            block.add_module("activation", activation())
+            if dropout_rate > 0:
+                block.add_module("dropout", nn.Dropout(dropout_rate))
+            self.layers.append(block)
+        self.deep = deep
+
+    def forward(self, x: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """(..., N, n_in) and (N, n_covariates) to (..., N, n_out)."""
+        for i, block in enumerate(self.layers):
+            x = block(self._joined(x, covariates) if i == 0 or self.deep else x)
+        return x
+
+    def _joined(self, x: Tensor, covariates: Tensor | None) -> Tensor:
+        if not self.n_covariates:
+            return x
+        shape = torch.broadcast_shapes(x.shape[:-1], covariates.shape[:-1])
+        covariates = covariates.to(x.dtype).expand(*shape, -1)
+        return torch.cat([x.expand(*shape, -1), covariates], dim=-1)
+
+
+class NormalNetwork(nn.Module):
+    """Location and scale of a Normal: hidden layers and two linear heads.
+
+    Parameters
+    ----------
+    hidden
+        The layers before the heads.
+    n_out
+        Dimension of the Normal.
+    var_activation
+        Turns the second head into a variance.
+    var_eps
+        Added to the variance, so that a posterior cannot collapse to a point.
+    """
+
+    def __init__(
+        self,
+        hidden: HiddenLayers,
+        n_out: int,
+        var_activation: Callable[[Tensor], Tensor] = torch.exp,
+        var_eps: float = 0.0,
+    ):
+        super().__init__()
+        self.hidden = hidden
+        self.mean = nn.Linear(hidden.n_out, n_out)
+        self.variance = nn.Linear(hidden.n_out, n_out)
+        self.var_activation = var_activation
+        self.var_eps = var_eps
+
+    def forward(self, x: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(..., N, n_in) to loc and scale, each (..., N, n_out)."""
+        hidden = self.hidden(x, covariates)
+        variance = self.var_activation(self.variance(hidden)) + self.var_eps
+        return self.mean(hidden), variance.sqrt()
+
+
+class CountDecoder(nn.Module):
+    """From a latent state to the expression, and where asked for the gate, of each gene.
+
+    Parameters
+    ----------
+    hidden
+        The layers before the heads.
+    n_genes
+        Number of genes.
+    expression_activation
+        Turns the first head into the expression of each gene: softmax gives proportions.
+    gate
+        Own a head for the logits of structural zeros.
+    """
+
+    def __init__(
+        self,
+        hidden: HiddenLayers,
+        n_genes: int,
+        expression_activation: nn.Module,
+        gate: bool = True,
+    ):
+        super().__init__()
+        self.hidden = hidden
+        self.expression = nn.Sequential(nn.Linear(hidden.n_out, n_genes), expression_activation)
+        if gate:
+            self.gate = nn.Linear(hidden.n_out, n_genes)
+
+    def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """(..., N, n_latent) to the hidden units that `expression` and `gate` read."""
+        return self.hidden(z, covariates)
+
+
+class Classifier(nn.Module):
+    """Hidden layers and a linear layer to one logit a label."""
+
+    def __init__(self, hidden: HiddenLayers, n_labels: int):
+        super().__init__()
+        self.hidden = hidden
+        self.logits = nn.Linear(hidden.n_out, n_labels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(..., N, n_latent) to (..., N, n_labels)."""
+        return self.logits(self.hidden(z))
+
+
+class GroupedClassifier(nn.Module):
+    """Probability of the label's group times probability of the label within it, in log space.
+
+    Parameters
+    ----------
+    labels, groups
+        Classifiers to one logit a label, and to one logit a group.
+    group_of_label
+        The group of each label, (n_labels,) of integers.
+    """
+
+    def __init__(self, labels: Classifier, groups: Classifier, group_of_label: Tensor):
+        super().__init__()
+        self.labels = labels
+        self.groups = groups
+        self.register_buffer("group_of_label", group_of_label)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(..., N, n_latent) to log probabilities (..., N, n_labels)."""
+        label_logits = self.labels(z)
+        group_log_probs = self.groups(z).log_softmax(-1)
+        result = group_log_probs[..., self.group_of_label] + label_logits
+        for group in range(group_log_probs.shape[-1]):
+            members = self.group_of_label == group
+            within = label_logits[..., members].logsumexp(-1, keepdim=True)
+            result = result - within * members
+        return result
+
+
+class CovariateEncoder(nn.Module):
+    """Batch and further covariates as the features that join the input of a network.
+
+    Parameters
+    ----------
+    n_batch
+        Number of biological batches.
+    n_cats_per_cov
+        Number of categories of each categorical covariate.
+    n_continuous
+        Number of continuous covariates.
+    batch_embedding_dim
+        Represent the batch by a learned vector of this size; None is one-hot.
+    """
+
+    def __init__(
+        self,
+        n_batch: int,
+        n_cats_per_cov: tuple[int, ...] = (),
+        n_continuous: int = 0,
+        batch_embedding_dim: int | None = None,
+    ):
+        super().__init__()
+        embedded = batch_embedding_dim is not None
+        self.embedding = nn.Embedding(n_batch, batch_embedding_dim) if embedded else None
+        self.n_categories = (0 if embedded else n_batch, *n_cats_per_cov)
+        self.n_dense = n_continuous + (batch_embedding_dim or 0)
+        # A covariate of one category says nothing.
+        self.n_one_hot = sum(n for n in self.n_categories if n > 1)
+
+    def dense(self, x: Tensor, batch: Tensor, continuous: Tensor | None) -> Tensor:
+        """Append continuous covariates and the embedded batch to `x` of shape (..., N, n)."""
+        parts = [] if continuous is None else [continuous]
+        if self.embedding is not None:
+            parts.append(self.embedding(batch))
+        return torch.cat([x, *(p.expand(*x.shape[:-1], -1) for p in parts)], dim=-1)
+
+    def one_hot(self, batch: Tensor, categorical: Tensor | None) -> Tensor | None:
+        """Indicators of batch and categorical covariates, (N, n_one_hot); None without any."""
+        codes = [batch] if categorical is None else [batch, *categorical.unbind(-1)]
+        pairs = zip(codes, self.n_categories, strict=True)
+        parts = [nn.functional.one_hot(code, n) for code, n in pairs if n > 1]
+        return torch.cat(parts, dim=-1) if parts else None

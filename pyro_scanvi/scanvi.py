@@ -1,0 +1,290 @@
+"""SCANVI, the estimator that users meet: AnnData in, AnnData out."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from pyro_scanvi import posterior, training
+from pyro_scanvi.checks import InputError, check_at_least, check_known
+from pyro_scanvi.fields import UNS_KEY, Fields
+from pyro_scanvi.scanvae import SCANVAE
+
+EVALUATION_BATCH_SIZE = 512
+FROM_DATA = ("n_input", "n_batch", "n_labels", "n_continuous_cov", "n_cats_per_cov")
+
+
+class SCANVI:
+    """Semi-supervised annotation of single cells.
+
+    Parameters
+    ----------
+    adata
+        An AnnData that :meth:`setup_anndata` has seen.
+    seed
+        Of the initial weights.
+    **vae_arguments
+        Arguments of :class:`~pyro_scanvi.SCANVAE`, such as ``n_hidden=128`` or ``n_latent=10``;
+        those that the data give (numbers of genes, batches, labels, covariates) are not among
+        them.
+
+    Attributes
+    ----------
+    module
+        The :class:`~pyro_scanvi.SCANVAE`: a Pyro model and guide.
+    fields
+        The columns and categories that the model was set up with.
+    history
+        One row for each epoch and split ("train", "validation"): elbo, reconstruction, one kl_*
+        for each latent site, cross_entropy (nats per cell), accuracy, macro_f1 and
+        calibration_error of the labelled cells.
+
+    Raises
+    ------
+    InputError
+        If the AnnData was not set up or has changed in a way that the model cannot read.
+    TypeError
+        For an unknown argument; the error names the nearest.
+
+    Examples
+    --------
+    >>> SCANVI.setup_anndata(adata, labels_key="cell_type", unlabeled_category="Unknown")
+    >>> model = SCANVI(adata)
+    >>> model.train()
+    >>> adata.obs["predicted"] = model.predict()
+    """
+
+    def __init__(self, adata: ad.AnnData, seed: int = 0, **vae_arguments: Any):
+        self.fields = Fields.from_uns(adata)
+        self.adata = adata
+        self.seed = seed
+        self._data = self.fields.encode(adata)
+        for name in set(FROM_DATA).intersection(vae_arguments):
+            raise TypeError(f"{name!r} is given by the data; leave it out")
+        self.vae_arguments = vae_arguments
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.module = SCANVAE(**self._sizes(), **vae_arguments).eval()
+        self.history = pd.DataFrame()
+
+    @staticmethod
+    def setup_anndata(
+        adata: ad.AnnData,
+        labels_key: str,
+        unlabeled_category: str,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: Iterable[str] | None = None,
+        continuous_covariate_keys: Iterable[str] | None = None,
+    ) -> None:
+        """Check an AnnData and note which of its columns mean what.
+
+        What is noted is a plain dict, ``adata.uns["pyro_scanvi"]["setup"]``; it survives
+        ``write_h5ad``.
+
+        Parameters
+        ----------
+        adata
+            Cells by genes, raw counts.
+        labels_key
+            Column of ``obs`` with the labels.
+        unlabeled_category
+            Its value where the label is not known.
+        layer
+            Layer with the counts; None is ``X``.
+        batch_key
+            Column of ``obs`` with the biological batch.
+        size_factor_key
+            Column of ``obs`` with given size factors.
+        categorical_covariate_keys, continuous_covariate_keys
+            Columns of ``obs`` with further covariates.
+
+        Raises
+        ------
+        InputError
+            If anything is missing or is not what it should be; nothing is written then.
+
+        Warns
+        -----
+        UserWarning
+            If all cells are labelled, or there is one batch only.
+        """
+        fields = Fields.from_anndata(
+            adata,
+            labels_key,
+            unlabeled_category,
+            layer,
+            batch_key,
+            size_factor_key,
+            categorical_covariate_keys,
+            continuous_covariate_keys,
+        )
+        adata.uns[UNS_KEY] = {"setup": fields.to_uns()}
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        *,
+        train_size: float = 0.9,
+        batch_size: int = 128,
+        early_stopping: bool = False,
+        early_stopping_patience: int = 45,
+        plan_kwargs: Mapping[str, Any] | None = None,
+        callbacks: Sequence[Callback] = (),
+        progress_bar: bool = True,
+        seed: int | None = None,
+    ) -> "SCANVI":
+        """Train, or train on.
+
+        Two runs with the same seed on one machine are equal bit for bit. Ctrl-C ends training
+        early and keeps what was learned.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the data; None is ``min(round(20000 / n_cells * 400), 400)``.
+        train_size
+            Share of the cells to train on; the rest is scored in each epoch.
+        batch_size
+            Cells in a minibatch.
+        early_stopping, early_stopping_patience
+            Stop when the ELBO of the held-out cells has not risen for so many epochs.
+        plan_kwargs
+            Fields of :class:`~pyro_scanvi.training.Plan`.
+        callbacks
+            Lightning callbacks, beside our own.
+        progress_bar
+            Show one.
+        seed
+            Of split, shuffling, dropout and sampling; None is the model's own.
+        """
+        if not 0 < train_size <= 1:
+            raise InputError(f"train_size={train_size}, expected a share in (0, 1]")
+        if early_stopping and train_size == 1:
+            raise InputError("early_stopping needs held-out cells; lower train_size")
+        check_at_least(1, batch_size=batch_size)
+        if max_epochs is None:
+            max_epochs = training.default_max_epochs(len(self._data))
+        check_at_least(0, max_epochs=max_epochs)
+        known = list(asdict(training.Plan()))
+        check_known(plan_kwargs or {}, known, "a field of the training plan")
+        history = training.fit(
+            self.module,
+            self._data,
+            training.Plan(**(plan_kwargs or {})),
+            max_epochs=max_epochs,
+            train_size=train_size,
+            batch_size=batch_size,
+            seed=self.seed if seed is None else seed,
+            early_stopping=early_stopping_patience if early_stopping else None,
+            callbacks=callbacks,
+            progress_bar=progress_bar,
+        )
+        if len(history):
+            history["epoch"] += self.n_epochs_trained
+            self.history = pd.concat([self.history, history], ignore_index=True)
+        return self
+
+    @property
+    def n_epochs_trained(self) -> int:
+        """Number of epochs in the history."""
+        return 0 if self.history.empty else int(self.history["epoch"].max()) + 1
+
+    def predict(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        soft: bool = False,
+        batch_size: int | None = None,
+        use_posterior_mean: bool = True,
+    ) -> np.ndarray | pd.DataFrame:
+        """Label of each cell by the classifier q(y | z).
+
+        Parameters
+        ----------
+        adata
+            Cells with the genes of the training data; None is the training data.
+        indices
+            Positions of the cells; None is all.
+        soft
+            Return probabilities, a DataFrame of cells by classes.
+        batch_size
+            Cells in a minibatch; changes speed and memory only.
+        use_posterior_mean
+            Classify the mean of q(z | x), not a sample.
+        """
+        data, names = self._encoded(adata, indices)
+        batch_size = batch_size or EVALUATION_BATCH_SIZE
+        probabilities = posterior.label_probabilities(
+            self.module, data, batch_size, use_posterior_mean
+        )
+        if soft:
+            return pd.DataFrame(probabilities, index=names, columns=self.fields.classes)
+        return self.fields.classes[probabilities.argmax(1)]
+
+    def get_latent_representation(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """Mean of q(z | x), the batch-free state of each cell, (N, n_latent)."""
+        data, _ = self._encoded(adata, indices)
+        return posterior.latent_mean(self.module, data, batch_size or EVALUATION_BATCH_SIZE)
+
+    def annotate(self, adata: ad.AnnData | None = None) -> ad.AnnData:
+        """Write predictions and latent space into an AnnData; None is the training data.
+
+        Adds ``obs["scanvi_prediction"]``, ``obs["scanvi_confidence"]`` (probability of the
+        predicted label), ``obsm["scanvi_probabilities"]`` (a DataFrame, one column a class),
+        ``obsm["X_scanvi"]``, and to ``uns["pyro_scanvi"]`` version, settings, seed and final
+        losses (nats per cell).
+        """
+        adata = self.adata if adata is None else adata
+        soft = self.predict(adata, soft=True)
+        latent = self.get_latent_representation(adata)
+        soft.columns = soft.columns.astype(str)
+        predicted = self.fields.classes[soft.to_numpy().argmax(1)]
+        adata.obs["scanvi_prediction"] = pd.Categorical(predicted, categories=self.fields.classes)
+        adata.obs["scanvi_confidence"] = soft.max(axis=1)
+        adata.obsm["scanvi_probabilities"] = soft
+        adata.obsm["X_scanvi"] = latent
+        adata.uns[UNS_KEY] = {"setup": self.fields.to_uns()} | self._record()
+        return adata
+
+    def _record(self) -> dict[str, Any]:
+        """What was done, as a plain dict."""
+        last = self.history.groupby("split").last() if len(self.history) else pd.DataFrame()
+        losses = {s: row.drop("epoch").dropna().to_dict() for s, row in last.iterrows()}
+        return {
+            "version": version("pyro-scanvi"),
+            "seed": self.seed,
+            "n_epochs": self.n_epochs_trained,
+            "settings": {k: str(v) for k, v in self.vae_arguments.items()},
+            "final_losses": losses,
+        }
+
+    def _sizes(self) -> dict[str, Any]:
+        return {
+            "n_input": len(self.fields.genes),
+            "n_batch": len(self.fields.batches),
+            "n_labels": len(self.fields.classes),
+            "n_continuous_cov": len(self.fields.continuous_covariate_keys),
+            "n_cats_per_cov": [len(c) for c in self.fields.covariate_categories],
+            "use_size_factor_key": bool(self.fields.size_factor_key),
+        }
+
+    def _encoded(self, adata: ad.AnnData | None, indices: Sequence[int] | None):
+        data = self._data if adata is None else self.fields.encode(adata)
+        names = (self.adata if adata is None else adata).obs_names
+        if indices is None:
+            return data, names
+        indices = np.asarray(indices)
+        return data.subset(indices), names[indices]
