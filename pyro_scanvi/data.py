@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 UNLABELED = -1
+SMALLEST_LIBRARY_VARIANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -168,3 +169,13 @@ def split(label: np.ndarray, train_size: float, seed: int) -> tuple[np.ndarray, 
         validation.append(members[: int(len(members) * (1 - train_size) + 1e-9)])
     held_out = np.sort(np.concatenate(validation))
     return np.setdiff1d(np.arange(len(label)), held_out), held_out
+
+
+def library_prior(data: CellData, n_batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the log total count of the cells of each batch, (n_batch,) each."""
+    log_library = np.log(np.asarray(data.counts.sum(axis=1), dtype=float).ravel())
+    by_batch = [log_library[data.batch == batch] for batch in range(n_batch)]
+    # A batch of equal cells, or of none, still needs a proper prior.
+    means = np.array([x.mean() if len(x) else log_library.mean() for x in by_batch])
+    variances = np.array([x.var() if len(x) > 1 else log_library.var() for x in by_batch])
+    return means, np.maximum(variances, SMALLEST_LIBRARY_VARIANCE)

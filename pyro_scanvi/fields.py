@@ -3,7 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import anndata as ad
@@ -13,6 +13,7 @@ from scipy.sparse import csr_matrix, issparse
 
 from pyro_scanvi.checks import InputError
 from pyro_scanvi.data import UNLABELED, CellData
+from pyro_scanvi.interop import ScviSave
 
 UNS_KEY = "pyro_scanvi"
 NAMES_SHOWN = 5
@@ -105,6 +106,38 @@ class Fields:
             np.asarray(per_covariate[k]) for k in tuples["categorical_covariate_keys"]
         )
         return cls(**(stored | tuples))
+
+    @classmethod
+    def from_scvi_save(cls, save: ScviSave) -> "Fields":
+        """The columns and categories of a model that scvi-tools saved, in its order of codes."""
+        keys = save.setup_args
+        return cls(
+            labels_key=keys.get("labels_key") or "",
+            unlabeled_category=save.unlabeled_category,
+            layer=keys.get("layer") or "",
+            batch_key=keys.get("batch_key") or "",
+            size_factor_key=keys.get("size_factor_key") or "",
+            categorical_covariate_keys=tuple(save.covariate_categories),
+            continuous_covariate_keys=tuple(save.continuous_covariates),
+            classes=np.array(save.classes),
+            batches=np.array(save.batches),
+            covariate_categories=tuple(np.array(c) for c in save.covariate_categories.values()),
+            genes=save.var_names,
+        )
+
+    def labelled_by(self, adata: ad.AnnData, labels_key: str, unlabeled_category: str) -> "Fields":
+        """The same fields with the labels of another column."""
+        check_names(adata)
+        check_keys(adata, [labels_key])
+        classes = find_classes(adata, labels_key, unlabeled_category)
+        return replace(
+            self, labels_key=labels_key, unlabeled_category=unlabeled_category, classes=classes
+        )
+
+    def store(self, adata: ad.AnnData) -> None:
+        """Note these fields in ``adata.uns``, after a check that they can read it."""
+        self.encode(adata)
+        adata.uns[UNS_KEY] = {"setup": self.to_uns()}
 
     def to_uns(self) -> dict[str, Any]:
         """A plain dict of strings and arrays, which ``write_h5ad`` keeps."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -11,13 +12,21 @@ import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from pyro_scanvi import posterior, training
+from pyro_scanvi import interop, posterior, training
 from pyro_scanvi.checks import InputError, check_at_least, check_known
+from pyro_scanvi.data import library_prior
 from pyro_scanvi.fields import UNS_KEY, Fields
 from pyro_scanvi.scanvae import SCANVAE
 
 EVALUATION_BATCH_SIZE = 512
-FROM_DATA = ("n_input", "n_batch", "n_labels", "n_continuous_cov", "n_cats_per_cov")
+FROM_DATA = (
+    "n_input",
+    "n_batch",
+    "n_labels",
+    "n_continuous_cov",
+    "n_cats_per_cov",
+    "use_size_factor_key",
+)
 
 
 class SCANVI:
@@ -70,8 +79,82 @@ class SCANVI:
         self.vae_arguments = vae_arguments
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.module = SCANVAE(**self._sizes(), **vae_arguments).eval()
+            self.module = SCANVAE(**(self._given_by_data() | vae_arguments)).eval()
         self.history = pd.DataFrame()
+
+    @classmethod
+    def load_scvi_tools(
+        cls, directory: str | Path, adata: ad.AnnData, prefix: str = "", seed: int = 0
+    ) -> "SCANVI":
+        """Open a SCANVI that scvi-tools saved; scvi-tools is not needed, no pickle is executed.
+
+        Parameters
+        ----------
+        directory, prefix
+            As they were given to ``save`` of scvi-tools.
+        adata
+            Cells with the genes, the columns of obs and the categories that it was trained with;
+            it is set up on the way.
+        seed
+            Of later training.
+
+        Raises
+        ------
+        InputError
+            If the folder holds no SCANVI, or genes or categories differ; it counts and lists them.
+        """
+        save = interop.read_scvi_save(directory, prefix)
+        if save.model_name != "SCANVI":
+            raise InputError(
+                f"{directory} holds a {save.model_name}; start from it with from_scvi_model"
+            )
+        Fields.from_scvi_save(save).store(adata)
+        arguments = save.arguments()
+        chosen = {k: v for k, v in arguments.items() if k not in FROM_DATA}
+        model = cls(adata, seed=seed, **chosen)
+        model.module = SCANVAE.from_scvi_tools(save.state_dict, **arguments)
+        return model
+
+    @classmethod
+    def from_scvi_model(
+        cls,
+        directory: str | Path,
+        adata: ad.AnnData,
+        labels_key: str,
+        unlabeled_category: str,
+        prefix: str = "",
+        seed: int = 0,
+    ) -> "SCANVI":
+        """A warm start from an unsupervised SCVI that scvi-tools saved.
+
+        Encoder and decoder of the counts come with their weights; the classifier and the networks
+        of u are new.
+
+        Parameters
+        ----------
+        directory, prefix
+            As they were given to ``save`` of scvi-tools.
+        adata
+            Cells with the genes, the columns of obs and the categories that it was trained with.
+        labels_key, unlabeled_category
+            As in :meth:`setup_anndata`.
+        seed
+            Of the new weights.
+
+        Raises
+        ------
+        InputError
+            If the folder holds no SCVI, genes or categories differ, or the labels are no labels.
+        """
+        save = interop.read_scvi_save(directory, prefix)
+        if save.model_name != "SCVI":
+            raise InputError(f"{directory} holds a {save.model_name}; open it with load_scvi_tools")
+        Fields.from_scvi_save(save).labelled_by(adata, labels_key, unlabeled_category).store(adata)
+        arguments = save.arguments()
+        model = cls(adata, seed=seed, **{k: v for k, v in arguments.items() if k not in FROM_DATA})
+        shared = interop.shared_state(model.module, save.state_dict)
+        model.module.load_state_dict(shared, strict=False)
+        return model
 
     @staticmethod
     def setup_anndata(
@@ -126,7 +209,7 @@ class SCANVI:
             categorical_covariate_keys,
             continuous_covariate_keys,
         )
-        adata.uns[UNS_KEY] = {"setup": fields.to_uns()}
+        fields.store(adata)
 
     def train(
         self,
@@ -271,8 +354,9 @@ class SCANVI:
             "final_losses": losses,
         }
 
-    def _sizes(self) -> dict[str, Any]:
-        return {
+    def _given_by_data(self) -> dict[str, Any]:
+        """Sizes, and the prior of a latent library."""
+        sizes = {
             "n_input": len(self.fields.genes),
             "n_batch": len(self.fields.batches),
             "n_labels": len(self.fields.classes),
@@ -280,6 +364,10 @@ class SCANVI:
             "n_cats_per_cov": [len(c) for c in self.fields.covariate_categories],
             "use_size_factor_key": bool(self.fields.size_factor_key),
         }
+        if self.vae_arguments.get("use_observed_lib_size", True):
+            return sizes
+        means, variances = library_prior(self._data, sizes["n_batch"])
+        return sizes | {"library_log_means": means, "library_log_vars": variances}
 
     def _encoded(self, adata: ad.AnnData | None, indices: Sequence[int] | None):
         data = self._data if adata is None else self.fields.encode(adata)
@@ -287,4 +375,6 @@ class SCANVI:
         if indices is None:
             return data, names
         indices = np.asarray(indices)
+        if not indices.size:
+            raise InputError("indices is empty; give the positions of the cells to look at")
         return data.subset(indices), names[indices]
