@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import anndata as ad
-import h5py
 import matplotlib
 import numpy as np
 import typer
@@ -19,7 +18,13 @@ from pyro_scanvi import datasets, plotting
 from pyro_scanvi.baselines import baseline_probabilities
 from pyro_scanvi.checks import InputError
 from pyro_scanvi.fields import check_names, empty_cells
-from pyro_scanvi.files import check_folder, check_writable, replacing
+from pyro_scanvi.files import (
+    check_folder,
+    check_writable,
+    read_anndata,
+    replacing,
+    write_anndata,
+)
 from pyro_scanvi.metrics import label_scores
 from pyro_scanvi.scanvi import SCANVI
 
@@ -83,7 +88,7 @@ def annotate(
     with _plain_errors():
         check_writable(output, overwrite, source)
         _check_report(report)
-        adata = read(source)
+        adata = read_anndata(source)
         if drop_empty_cells:
             adata = _without_empty_cells(adata, layer)
         SCANVI.setup_anndata(
@@ -92,7 +97,7 @@ def annotate(
         model = SCANVI(adata, seed=seed, n_hidden=n_hidden, n_latent=n_latent)
         model.train(max_epochs, batch_size=batch_size, early_stopping=early_stopping)
         model.annotate()
-        write(adata, output)
+        write_anndata(adata, output)
         console.print(f"annotated cells: {output}")
         if report is not None:
             write_report(model, report)
@@ -117,30 +122,9 @@ def demo(
         model = SCANVI(adata, seed=seed).train(max_epochs)
         model.annotate()
         write_report(model, folder)
-        write(adata, folder / "annotated.h5ad")
+        write_anndata(adata, folder / "annotated.h5ad")
         console.print(f"annotated cells: {folder / 'annotated.h5ad'}")
         console.print(score_table(model))
-
-
-def read(path: Path) -> ad.AnnData:
-    """An AnnData from a file; InputError if it is none."""
-    if not path.is_file():
-        raise InputError(f"there is no file {path}")
-    if not h5py.is_hdf5(path):
-        raise InputError(f"{path} is no .h5ad file, or it is truncated")
-    try:
-        return ad.read_h5ad(path)
-    except Exception as error:  # h5py and anndata raise whatever the bytes lead them to
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is damaged or holds no AnnData: {first_line}") from error
-
-
-def write(adata: ad.AnnData, path: Path) -> None:
-    """Write an AnnData, whole or not at all."""
-    with replacing(path) as temporary, warnings.catch_warnings():
-        # Names of cell types hold slashes; the columns of obsm are groups of the file.
-        warnings.filterwarnings("ignore", message="Forward slashes", category=FutureWarning)
-        adata.write_h5ad(temporary)
 
 
 def write_report(model: SCANVI, folder: Path) -> None:

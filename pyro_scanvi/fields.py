@@ -125,6 +125,15 @@ class Fields:
             genes=save.var_names,
         )
 
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "Fields":
+        """From ``asdict`` of fields, after its arrays and tuples became lists."""
+        keys = ("categorical_covariate_keys", "continuous_covariate_keys")
+        arrays = {k: np.array(stored[k]) for k in ("classes", "batches", "genes")}
+        tuples: dict[str, tuple] = {k: tuple(stored[k]) for k in keys}
+        tuples["covariate_categories"] = tuple(map(np.array, stored["covariate_categories"]))
+        return cls(**(stored | arrays | tuples))
+
     def labelled_by(self, adata: ad.AnnData, labels_key: str, unlabeled_category: str) -> "Fields":
         """The same fields with the labels of another column."""
         check_names(adata)

@@ -2,9 +2,13 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import anndata as ad
+import h5py
 
 from pyro_scanvi.checks import InputError
 
@@ -45,3 +49,24 @@ def check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"nothing can be written into {folder}: {error.strerror}") from None
+
+
+def read_anndata(path: Path) -> ad.AnnData:
+    """An AnnData from a file; InputError if it is none."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    if not h5py.is_hdf5(path):
+        raise InputError(f"{path} is no .h5ad file, or it is truncated")
+    try:
+        return ad.read_h5ad(path)
+    except Exception as error:  # h5py and anndata raise whatever the bytes lead them to
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is damaged or holds no AnnData: {first_line}") from error
+
+
+def write_anndata(adata: ad.AnnData, path: Path) -> None:
+    """Write an AnnData, whole or not at all."""
+    with replacing(path) as temporary, warnings.catch_warnings():
+        # Names of cell types hold slashes; the columns of obsm are groups of the file.
+        warnings.filterwarnings("ignore", message="Forward slashes", category=FutureWarning)
+        adata.write_h5ad(temporary)

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from pyro_scanvi import interop, posterior, training
+from pyro_scanvi import interop, posterior, saving, training
 from pyro_scanvi.checks import InputError, check_at_least, check_known
 from pyro_scanvi.data import library_prior
 from pyro_scanvi.fields import UNS_KEY, Fields
@@ -342,6 +342,63 @@ class SCANVI:
         adata.uns[UNS_KEY] = {"setup": self.fields.to_uns()} | self._record()
         return adata
 
+    def save(
+        self, directory: str | Path, overwrite: bool = False, save_anndata: bool = False
+    ) -> None:
+        """Write the model into a folder, whole or not at all: safetensors and JSON, no pickle.
+
+        Parameters
+        ----------
+        directory
+            A folder that does not exist yet.
+        overwrite
+            Replace a model that was saved there.
+        save_anndata
+            Write the training data too, for :meth:`load` without an AnnData.
+
+        Raises
+        ------
+        InputError
+            If the folder exists or cannot be written, or an argument of the model is a callable.
+        """
+        directory = Path(directory)
+        saving.check_target(directory, overwrite)
+        record = {
+            "version": version("pyro-scanvi"),
+            "seed": self.seed,
+            "arguments": saving.plain(self.vae_arguments, "the model's argument"),
+            "fields": saving.plain(asdict(self.fields), "a field"),
+            "history": self.history.to_dict(orient="list"),
+        }
+        adata = self.adata if save_anndata else None
+        saving.write_model(directory, self.module.state_dict(), record, adata)
+
+    @classmethod
+    def load(cls, directory: str | Path, adata: ad.AnnData | None = None) -> "SCANVI":
+        """Open a model that :meth:`save` wrote; its predictions are equal to the bit.
+
+        Parameters
+        ----------
+        directory
+            The folder.
+        adata
+            Cells with the genes and categories of the training data; None is the AnnData that was
+            saved with the model.
+
+        Raises
+        ------
+        InputError
+            If the folder is damaged, holds no AnnData while none is given, or the AnnData differs
+            from what the model knows; it says in what.
+        """
+        state, record, saved = saving.read_model(Path(directory), with_anndata=adata is None)
+        adata = saved if adata is None else adata
+        Fields.from_json(record["fields"]).store(adata)
+        model = cls(adata, seed=record["seed"], **record["arguments"])
+        model.module.load_state_dict(state)
+        model.history = pd.DataFrame(record["history"])
+        return model
+
     def _record(self) -> dict[str, Any]:
         """What was done, as a plain dict."""
         last = self.history.groupby("split").last() if len(self.history) else pd.DataFrame()
@@ -374,7 +431,7 @@ class SCANVI:
         names = (self.adata if adata is None else adata).obs_names
         if indices is None:
             return data, names
-        indices = np.asarray(indices)
-        if not indices.size:
-            raise InputError("indices is empty; give the positions of the cells to look at")
-        return data.subset(indices), names[indices]
+        positions = np.arange(len(data))[np.asarray(indices, dtype=None if len(indices) else int)]
+        if not len(positions):
+            raise InputError("indices selects no cell; give the positions of some")
+        return data.subset(positions), names[positions]

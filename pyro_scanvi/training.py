@@ -110,7 +110,9 @@ class TrainingPlan(lightning.LightningModule):
         """Adam over the parameters that are to be trained."""
         trained = [p for p in self.vae.parameters() if p.requires_grad]
         settings = {"lr": self.plan.lr, "eps": self.plan.eps}
-        return torch.optim.Adam(trained, weight_decay=self.plan.weight_decay, **settings)
+        return torch.optim.Adam(
+            trained, weight_decay=self.plan.weight_decay, fused=True, **settings
+        )
 
     def on_train_epoch_start(self) -> None:
         """Set the KL weight of the epoch."""

@@ -1,0 +1,127 @@
+"""A trained model as a folder: weights as safetensors, all else as JSON. Nothing is pickled.
+
+``model.json`` holds the SHA-256 of the weights and of itself, so that a damaged folder is an error
+and never a model that is silently wrong.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from pyro_scanvi.checks import InputError
+from pyro_scanvi.files import check_folder, read_anndata, write_anndata
+
+FORMAT = 1
+WEIGHTS, RECORD, CELLS = "weights.safetensors", "model.json", "cells.h5ad"
+
+
+def check_target(directory: Path, overwrite: bool) -> None:
+    """Refuse a folder that exists, unless it is a saved model and may be replaced."""
+    check_folder(directory.parent)
+    if not directory.exists():
+        return
+    if not overwrite:
+        raise InputError(f"{directory} exists; save elsewhere or with overwrite=True")
+    if not (directory / RECORD).is_file():
+        raise InputError(f"{directory} exists and holds no saved model; it is not overwritten")
+
+
+def write_model(
+    directory: Path,
+    state: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    adata: AnnData | None = None,
+) -> None:
+    """Write a folder whole or not at all; one that stands there is replaced at the end."""
+    weights = save_safetensors({k: v.detach().cpu().contiguous() for k, v in state.items()})
+    record = {"format": FORMAT, "weights_sha256": _digest(weights), **record}
+    record["record_sha256"] = _digest(_canonical(record))
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".") as parent:
+        fresh = Path(parent) / "fresh"
+        fresh.mkdir()
+        (fresh / WEIGHTS).write_bytes(weights)
+        (fresh / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if adata is not None:
+            write_anndata(adata, fresh / CELLS)
+        if directory.exists():
+            directory.replace(Path(parent) / "old")
+        fresh.replace(directory)
+
+
+def read_model(
+    directory: Path, with_anndata: bool
+) -> tuple[dict[str, Tensor], dict[str, Any], AnnData | None]:
+    """Weights, record and, where asked for, AnnData of a folder that :func:`write_model` wrote.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or damaged, or was written by a later version.
+    """
+    for name in (RECORD, WEIGHTS):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory} holds no saved model: there is no {name}")
+    if with_anndata and not (directory / CELLS).is_file():
+        raise InputError(f"{directory} was saved without its cells; give them: load(dir, adata)")
+    record = _read_record(directory / RECORD)
+    weights = (directory / WEIGHTS).read_bytes()
+    if _digest(weights) != record["weights_sha256"]:
+        raise InputError(
+            f"{directory / WEIGHTS} is damaged: its checksum is not that of the record"
+        )
+    return (
+        load_safetensors(weights),
+        record,
+        read_anndata(directory / CELLS) if with_anndata else None,
+    )
+
+
+def plain(value: Any, name: str) -> Any:
+    """A value as JSON holds it; InputError for what JSON cannot hold, such as a callable."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, f"{name}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v, name) for v in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise InputError(
+        f"{name} is a {type(value).__name__}, which is not saved; keep model.module.state_dict() "
+        "and make the model anew with it"
+    )
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+        digest = record.pop("record_sha256")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if _digest(_canonical(record)) != digest:
+        raise InputError(f"{path} is damaged: its checksum is not its own")
+    if record["format"] > FORMAT:
+        raise InputError(
+            f"{path} has format {record['format']}, written by pyro_scanvi {record['version']}; "
+            f"this version reads up to {FORMAT}: update pyro_scanvi"
+        )
+    return record
+
+
+def _canonical(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
