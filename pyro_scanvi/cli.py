@@ -26,7 +26,7 @@ from pyro_scanvi.files import (
     write_anndata,
 )
 from pyro_scanvi.metrics import label_scores
-from pyro_scanvi.scanvi import SCANVI
+from pyro_scanvi.scanvi import FEW_LABELS, FEW_LABELS_PLAN, SCANVI
 
 app = typer.Typer(
     help="Label every cell of an AnnData from a few labelled ones, with scANVI.",
@@ -42,7 +42,7 @@ MaxEpochs = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Passes over the data.  [default: min(round(20000 / cells * 400), 400)]",
+        help="Passes over the data; if not given, min(round(20000 / cells * 400), 400).",
         show_default=False,
     ),
 ]
@@ -65,7 +65,19 @@ def annotate(
     max_epochs: MaxEpochs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Cells in a minibatch.")] = 128,
     n_hidden: Annotated[int, typer.Option(min=1, help="Units in a hidden layer.")] = 128,
-    n_latent: Annotated[int, typer.Option(min=1, help="Dimensions of the latent space.")] = 10,
+    n_latent: Annotated[
+        int, typer.Option(min=1, help="Dimensions of the latent space.")
+    ] = FEW_LABELS["n_latent"],
+    dropout_rate: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Probability of dropping a unit in training.")
+    ] = FEW_LABELS["dropout_rate"],
+    linear_classifier: Annotated[
+        bool, typer.Option(help="Classify the latent space by one linear layer.")
+    ] = FEW_LABELS["linear_classifier"],
+    classification_ratio: Annotated[
+        float,
+        typer.Option(min=0, help="Weight of the cross-entropy against the ELBO of one cell."),
+    ] = FEW_LABELS_PLAN["classification_ratio"],
     early_stopping: Annotated[
         bool, typer.Option(help="Stop when the ELBO of the held-out cells rises no more.")
     ] = False,
@@ -94,8 +106,20 @@ def annotate(
         SCANVI.setup_anndata(
             adata, labels_key, unlabeled_category, layer=layer, batch_key=batch_key
         )
-        model = SCANVI(adata, seed=seed, n_hidden=n_hidden, n_latent=n_latent)
-        model.train(max_epochs, batch_size=batch_size, early_stopping=early_stopping)
+        model = SCANVI(
+            adata,
+            seed=seed,
+            n_hidden=n_hidden,
+            n_latent=n_latent,
+            dropout_rate=dropout_rate,
+            linear_classifier=linear_classifier,
+        )
+        model.train(
+            max_epochs,
+            batch_size=batch_size,
+            early_stopping=early_stopping,
+            plan_kwargs={"classification_ratio": classification_ratio},
+        )
         model.annotate()
         write_anndata(adata, output)
         console.print(f"annotated cells: {output}")
@@ -119,7 +143,8 @@ def demo(
         adata = datasets.pbmc68k_counts()
         adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], labels_per_type, seed)
         SCANVI.setup_anndata(adata, "given", "Unknown")
-        model = SCANVI(adata, seed=seed).train(max_epochs)
+        model = SCANVI(adata, seed=seed, **FEW_LABELS)
+        model.train(max_epochs, plan_kwargs=FEW_LABELS_PLAN)
         model.annotate()
         write_report(model, folder)
         write_anndata(adata, folder / "annotated.h5ad")

@@ -28,6 +28,11 @@ FROM_DATA = (
     "use_size_factor_key",
 )
 
+# For few labels of each type. The defaults, which are those of scvi-tools, learn few labelled cells
+# by heart: the encoder then puts them apart from the unlabelled cells of their type.
+FEW_LABELS = {"linear_classifier": True, "dropout_rate": 0.5, "n_latent": 20}
+FEW_LABELS_PLAN = {"classification_ratio": 200.0}
+
 
 class SCANVI:
     """Semi-supervised annotation of single cells.
@@ -53,6 +58,8 @@ class SCANVI:
         One row for each epoch and split ("train", "validation"): elbo, reconstruction, one kl_*
         for each latent site, cross_entropy (nats per cell), accuracy, macro_f1 and
         calibration_error of the labelled cells.
+    training_settings
+        How :meth:`train` was last called.
 
     Raises
     ------
@@ -81,6 +88,7 @@ class SCANVI:
             torch.manual_seed(seed)
             self.module = SCANVAE(**(self._given_by_data() | vae_arguments)).eval()
         self.history = pd.DataFrame()
+        self.training_settings: dict[str, Any] = {}
 
     @classmethod
     def load_scvi_tools(
@@ -258,10 +266,17 @@ class SCANVI:
         check_at_least(0, max_epochs=max_epochs)
         known = list(asdict(training.Plan()))
         check_known(plan_kwargs or {}, known, "a field of the training plan")
+        plan = training.Plan(**(plan_kwargs or {}))
+        self.training_settings = asdict(plan) | {
+            "max_epochs": max_epochs,
+            "train_size": train_size,
+            "batch_size": batch_size,
+            "early_stopping": early_stopping,
+        }
         history = training.fit(
             self.module,
             self._data,
-            training.Plan(**(plan_kwargs or {})),
+            plan,
             max_epochs=max_epochs,
             train_size=train_size,
             batch_size=batch_size,
@@ -369,6 +384,7 @@ class SCANVI:
             "arguments": saving.plain(self.vae_arguments, "the model's argument"),
             "fields": saving.plain(asdict(self.fields), "a field"),
             "history": self.history.to_dict(orient="list"),
+            "training_settings": self.training_settings,
         }
         adata = self.adata if save_anndata else None
         saving.write_model(directory, self.module.state_dict(), record, adata)
@@ -397,6 +413,7 @@ class SCANVI:
         model = cls(adata, seed=record["seed"], **record["arguments"])
         model.module.load_state_dict(state)
         model.history = pd.DataFrame(record["history"])
+        model.training_settings = record["training_settings"]
         return model
 
     def _record(self) -> dict[str, Any]:
@@ -407,7 +424,10 @@ class SCANVI:
             "version": version("pyro-scanvi"),
             "seed": self.seed,
             "n_epochs": self.n_epochs_trained,
-            "settings": {k: str(v) for k, v in self.vae_arguments.items()},
+            "settings": {
+                "model": {k: str(v) for k, v in self.vae_arguments.items()},
+                "training": self.training_settings,
+            },
             "final_losses": losses,
         }
 
