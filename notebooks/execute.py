@@ -1,5 +1,6 @@
 """Execute every notebook of this folder in place; a cell that fails stops with its error."""
 
+import os
 from pathlib import Path
 
 import nbformat
@@ -23,6 +24,7 @@ def execute(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # tqdm misses widgets that nobody needs
     for notebook in sorted(FOLDER.glob("*.ipynb")):
         print(f"executing {notebook.name}", flush=True)
         execute(notebook)

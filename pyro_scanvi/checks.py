@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def check_known(given: Iterable[str], known: Iterable[str], what: str) -> None:
 
 def look_up(table: Mapping[str, Any], choice: str | Callable, argument: str) -> Any:
     """The entry of a table, or `choice` itself where it is a part and not a name."""
-    if not isinstance(choice, str):
+    if not isinstance(choice, str | bool | None):
         return choice
     if choice not in table:
         raise ValueError(f"{argument}={choice!r}, expected one of {', '.join(map(repr, table))}")
@@ -32,7 +33,7 @@ def look_up(table: Mapping[str, Any], choice: str | Callable, argument: str) -> 
 def check_at_least(minimum: int, **sizes: int) -> None:
     """Refuse sizes that are no integers or too small."""
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < minimum:
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < minimum:
             raise ValueError(f"{name}={size!r}, expected an integer of at least {minimum}")
 
 

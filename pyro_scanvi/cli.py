@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import anndata as ad
-import matplotlib
+import matplotlib.pyplot
 import numpy as np
 import typer
 from rich.console import Console
@@ -17,16 +17,18 @@ from rich.table import Table
 from pyro_scanvi import datasets, plotting
 from pyro_scanvi.baselines import baseline_probabilities
 from pyro_scanvi.checks import InputError
-from pyro_scanvi.fields import check_names, empty_cells
+from pyro_scanvi.fields import check_names, empty_cells, storable_names
 from pyro_scanvi.files import (
     check_folder,
     check_writable,
+    exists,
+    make_folder,
     read_anndata,
     replacing,
     write_anndata,
 )
 from pyro_scanvi.metrics import label_scores
-from pyro_scanvi.scanvi import FEW_LABELS, FEW_LABELS_PLAN, SCANVI
+from pyro_scanvi.scanvi import FEW_LABELS, FEW_LABELS_PLAN, SCANVI, few_labels_epochs
 
 app = typer.Typer(
     help="Label every cell of an AnnData from a few labelled ones, with scANVI.",
@@ -37,12 +39,15 @@ app = typer.Typer(
 console = Console()
 complaints = Console(stderr=True)
 
-Seed = Annotated[int, typer.Option(help="Seed of weights, split, shuffling and sampling.")]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="Seed of weights, split, shuffling and sampling."),
+]
 MaxEpochs = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Passes over the data; if not given, min(round(20000 / cells * 400), 400).",
+        help="Passes over the data; if not given, min(round(20000 / cells * 400), 150).",
         show_default=False,
     ),
 ]
@@ -57,7 +62,7 @@ def annotate(
         str, typer.Option(help="Value of that column where the label is not known.")
     ] = "Unknown",
     batch_key: Annotated[
-        str | None, typer.Option(help="Column of obs with the biological batch.")
+        str | None, typer.Option(help="Column of obs with the batch; one batch if not given.")
     ] = None,
     layer: Annotated[
         str | None, typer.Option(help="Layer with the raw counts; X if not given.")
@@ -83,13 +88,15 @@ def annotate(
     ] = False,
     seed: Seed = 0,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for pictures; made if it does not exist.")
+        Path | None, typer.Option(help="Folder for pictures, made if new; none if not given.")
     ] = None,
     drop_empty_cells: Annotated[
-        bool, typer.Option("--drop-empty-cells", help="Leave out cells without counts.")
+        bool,
+        typer.Option("--drop-empty-cells", help="Leave out cells without counts; off by default."),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT.h5ad if it exists.")
+        bool,
+        typer.Option("--overwrite", help="Replace OUT.h5ad if it exists; off by default."),
     ] = False,
 ) -> None:
     """Label the cells of IN.h5ad and write them to OUT.h5ad.
@@ -115,14 +122,16 @@ def annotate(
             linear_classifier=linear_classifier,
         )
         model.train(
-            max_epochs,
+            max_epochs or few_labels_epochs(adata.n_obs),
             batch_size=batch_size,
             early_stopping=early_stopping,
             plan_kwargs={"classification_ratio": classification_ratio},
         )
         model.annotate()
+        soft = adata.obsm["scanvi_probabilities"]
+        soft.columns = storable_names(soft.columns)
         write_anndata(adata, output)
-        console.print(f"annotated cells: {output}")
+        _say(f"annotated cells: {output}")
         if report is not None:
             write_report(model, report)
 
@@ -138,35 +147,35 @@ def demo(
 ) -> None:
     """Annotate 700 real blood cells from a few labels, and score the result on the hidden ones."""
     with _plain_errors():
-        folder.mkdir(parents=True, exist_ok=True)
-        check_folder(folder)
+        make_folder(folder)
         adata = datasets.pbmc68k_counts()
         adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], labels_per_type, seed)
         SCANVI.setup_anndata(adata, "given", "Unknown")
         model = SCANVI(adata, seed=seed, **FEW_LABELS)
-        model.train(max_epochs, plan_kwargs=FEW_LABELS_PLAN)
+        model.train(max_epochs or few_labels_epochs(adata.n_obs), plan_kwargs=FEW_LABELS_PLAN)
         model.annotate()
         write_report(model, folder)
         write_anndata(adata, folder / "annotated.h5ad")
-        console.print(f"annotated cells: {folder / 'annotated.h5ad'}")
+        _say(f"annotated cells: {folder / 'annotated.h5ad'}")
         console.print(score_table(model))
 
 
 def write_report(model: SCANVI, folder: Path) -> None:
     """UMAP of the latent space and loss curves, as PNG, into a folder."""
     matplotlib.use("agg")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     picture = ad.AnnData(obs=model.adata.obs, obsm={"X_scanvi": model.adata.obsm["X_scanvi"]})
     plotting.compute_umap(picture, model.seed)
     columns = [model.fields.labels_key, "scanvi_prediction", "scanvi_confidence"]
     figures = {
-        "umap.png": plotting.umap_figure(picture, columns),
+        "umap.png": plotting.umap_figure(picture, columns, model.fields.unlabeled_category),
         "losses.png": plotting.loss_figure(model.history),
     }
     for name, figure in figures.items():
         with replacing(folder / name) as temporary:
             figure.savefig(temporary, dpi=120)
-        console.print(f"picture: {folder / name}")
+        matplotlib.pyplot.close(figure)
+        _say(f"picture: {folder / name}")
 
 
 def score_table(model: SCANVI) -> Table:
@@ -189,30 +198,34 @@ def score_table(model: SCANVI) -> Table:
 
 
 def _check_report(folder: Path | None) -> None:
-    if folder is not None and folder.exists():
-        check_folder(folder)
-    elif folder is not None:
-        check_folder(folder.parent)
+    if folder is not None:
+        check_folder(folder if exists(folder) else folder.parent)
 
 
 def _without_empty_cells(adata: ad.AnnData, layer: str | None) -> ad.AnnData:
     check_names(adata)
     empty = empty_cells(adata, layer)
-    console.print(f"left out {empty.sum()} cells without counts")
+    _say(f"cells without counts, left out: {empty.sum()}")
     return adata[~empty].copy()
+
+
+def _say(message: str, to: Console = console, style: str = "") -> None:
+    # Names and paths may hold brackets, and a line is to stay a line.
+    to.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Say what is wrong with the input in a sentence; what is our fault keeps its traceback."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: complaints.print(
-            f"note: {message}", style="yellow"
-        )
+        warnings.simplefilter("default")
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)  # what libraries will change
+        warnings.showwarning = lambda message, *_: _say(f"note: {message}", complaints, "yellow")
         try:
             yield
         except InputError as error:
-            complaints.print(f"error: {error}", style="red", markup=False)
+            _say(f"error: {error}", complaints, "red")
             sys.exit(2)
 
 

@@ -1,6 +1,6 @@
 """The minibatch type, the data set in memory, and the way from one to the other."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -121,10 +121,11 @@ class MinibatchSampler(Sampler[np.ndarray]):
     depends on seed and epoch alone.
     """
 
-    def __init__(self, labelled: np.ndarray, batch_size: int, seed: int):
+    def __init__(self, labelled: np.ndarray, batch_size: int, seed: int, first_epoch: int = 0):
         self.labelled = labelled
         self.n_minibatches = -(-len(labelled) // batch_size)
         self.seed = seed
+        self.first_epoch = first_epoch
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -135,7 +136,7 @@ class MinibatchSampler(Sampler[np.ndarray]):
         return self.n_minibatches
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        rng = np.random.default_rng([self.seed, self.epoch])
+        rng = np.random.default_rng([self.seed, self.first_epoch + self.epoch])
         place = np.empty(len(self.labelled))
         for stratum in (self.labelled, ~self.labelled):
             n = stratum.sum()
@@ -143,18 +144,20 @@ class MinibatchSampler(Sampler[np.ndarray]):
         return iter(np.array_split(place.argsort(), self.n_minibatches))
 
 
-def training_loader(data: CellData, batch_size: int, seed: int) -> DataLoader:
+def training_loader(data: CellData, batch_size: int, seed: int, first_epoch: int = 0) -> DataLoader:
     """Shuffled minibatches; see :class:`MinibatchSampler`."""
-    sampler = MinibatchSampler(data.label != UNLABELED, batch_size, seed)
-    return DataLoader(data, sampler=sampler, batch_size=None)
+    return _loader(data, MinibatchSampler(data.label != UNLABELED, batch_size, seed, first_epoch))
 
 
 def ordered_loader(data: CellData, batch_size: int) -> DataLoader:
     """Minibatches in the order of the data."""
     n_minibatches = max(1, -(-len(data) // batch_size))
-    return DataLoader(
-        data, sampler=np.array_split(np.arange(len(data)), n_minibatches), batch_size=None
-    )
+    return _loader(data, np.array_split(np.arange(len(data)), n_minibatches))
+
+
+def _loader(data: CellData, positions: Iterable[np.ndarray]) -> DataLoader:
+    # Its own generator: a DataLoader draws from the global one whenever it is iterated.
+    return DataLoader(data, sampler=positions, batch_size=None, generator=torch.Generator())
 
 
 def split(label: np.ndarray, train_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -103,7 +103,7 @@ class Fields:
         tuples = {k: tuple(str(v) for v in stored[k]) for k in keys}
         per_covariate = stored["covariate_categories"]
         tuples["covariate_categories"] = tuple(
-            np.asarray(per_covariate[k]) for k in tuples["categorical_covariate_keys"]
+            np.asarray(per_covariate[str(i)]) for i in range(len(per_covariate))
         )
         return cls(**(stored | tuples))
 
@@ -153,9 +153,10 @@ class Fields:
         stored = asdict(self)
         for key in ("categorical_covariate_keys", "continuous_covariate_keys"):
             stored[key] = np.array(stored[key], dtype=object)
-        stored["covariate_categories"] = dict(
-            zip(self.categorical_covariate_keys, self.covariate_categories, strict=True)
-        )
+        # By number, not by key: a file takes the slash in a key for a group.
+        stored["covariate_categories"] = {
+            str(i): values for i, values in enumerate(self.covariate_categories)
+        }
         return stored
 
     def encode(self, adata: ad.AnnData) -> CellData:
@@ -262,19 +263,19 @@ def counts_of(adata: ad.AnnData, layer: str | None) -> csr_matrix | np.ndarray:
         raise InputError("X is empty; name the layer with the counts (layer=..., --layer)")
     if adata.isbacked:
         raise InputError("the AnnData is backed by its file; load it with adata.to_memory()")
-    return csr_matrix(matrix) if issparse(matrix) else np.asarray(matrix)
+    if not issparse(matrix):
+        return np.asarray(matrix)
+    try:  # scipy would crash on indices out of range
+        matrix.check_format(full_check=True)
+    except ValueError as error:
+        raise InputError(f"the sparse matrix of the counts is broken: {error}") from None
+    return csr_matrix(matrix)
 
 
 def check_counts(counts: csr_matrix | np.ndarray, adata: ad.AnnData) -> None:
     """Refuse matrices that are not counts, and cells without counts."""
-    values = counts.data if issparse(counts) else counts
-    if not np.issubdtype(values.dtype, np.number):
-        raise InputError(f"counts have dtype {values.dtype}, expected numbers")
-    with np.errstate(invalid="ignore"):
-        wrong = ~np.isfinite(values) | (values < 0) | (values != np.rint(values))
-    if wrong.any():
-        _refuse_value(counts, wrong, adata)
-    empty = np.asarray(counts.sum(axis=1)).ravel() == 0
+    check_values(counts, adata)
+    empty = _is_empty(counts)
     if empty.any():
         names = adata.obs_names[empty]
         raise InputError(
@@ -283,9 +284,22 @@ def check_counts(counts: csr_matrix | np.ndarray, adata: ad.AnnData) -> None:
         )
 
 
+def check_values(counts: csr_matrix | np.ndarray, adata: ad.AnnData) -> None:
+    """Refuse matrices that are not counts, naming the first cell and gene."""
+    values = counts.data if issparse(counts) else counts
+    if values.dtype.kind not in "iuf":
+        raise InputError(f"counts have dtype {values.dtype}, expected real numbers")
+    with np.errstate(invalid="ignore"):
+        wrong = ~np.isfinite(values) | (values < 0) | (values != np.rint(values))
+    if wrong.any():
+        _refuse_value(counts, wrong, adata)
+
+
 def empty_cells(adata: ad.AnnData, layer: str | None = None) -> np.ndarray:
     """Whether each cell has no counts, (N,)."""
-    return np.asarray(counts_of(adata, layer).sum(axis=1)).ravel() == 0
+    counts = counts_of(adata, layer)
+    check_values(counts, adata)
+    return _is_empty(counts)
 
 
 def drop_empty_cells(adata: ad.AnnData, layer: str | None = None) -> ad.AnnData:
@@ -313,10 +327,36 @@ def find_classes(adata: ad.AnnData, labels_key: str, unlabeled_category: str) ->
     return classes
 
 
+def storable_names(names: Iterable) -> list[str]:
+    """Names of columns as an .h5ad file can hold them: as they are, or numbered where they clash.
+
+    The file takes a name for a path: "/B" would leave the table, "T/NK" cannot stand beside "T".
+    """
+    names = [str(name) for name in names]
+    paths = [tuple(name.split("/")) for name in names]
+
+    def clashes(path: tuple[str, ...]) -> bool:
+        parents = {path[:depth] for depth in range(1, len(path))}
+        return path[0] == "_index" or bool({"", ".", ".."} & set(path) or parents & set(paths))
+
+    stored = [
+        f"{i}: {name.replace('/', '|')}" if clashes(path) else name
+        for i, (name, path) in enumerate(zip(names, paths, strict=True))
+    ]
+    if stored != names:
+        _say(f"a file cannot hold columns of all these names; they are called {', '.join(stored)}")
+    return stored
+
+
 def categories(adata: ad.AnnData, key: str) -> np.ndarray:
     """The values that occur in a column of obs, in the order of its categories."""
     column = _column(adata, key)
-    return np.asarray(column.cat.remove_unused_categories().cat.categories)
+    found = np.asarray(column.cat.remove_unused_categories().cat.categories)
+    names = pd.Index(found.astype(str))
+    if not names.is_unique:
+        twice = names[names.duplicated()].unique()
+        raise InputError(f"obs[{key!r}] holds different values that read alike{_first(twice)}")
+    return found
 
 
 def _column(adata: ad.AnnData, key: str) -> pd.Series:
@@ -354,6 +394,10 @@ def _numbers(adata: ad.AnnData, key: str) -> np.ndarray:
     return values
 
 
+def _is_empty(counts: csr_matrix | np.ndarray) -> np.ndarray:
+    return np.asarray(counts.sum(axis=1)).ravel() == 0
+
+
 def _refuse_value(counts, wrong: np.ndarray, adata: ad.AnnData) -> None:
     first = int(np.flatnonzero(wrong)[0]) if issparse(counts) else np.argwhere(wrong)[0]
     if issparse(counts):
@@ -364,12 +408,14 @@ def _refuse_value(counts, wrong: np.ndarray, adata: ad.AnnData) -> None:
         value = counts[cell, gene]
     kind = "negative" if value < 0 else "fractional" if np.isfinite(value) else "not finite"
     values = counts.data if issparse(counts) else counts
+    others = int(wrong.sum()) - 1
+    more = f", and {others} more like it" if others else ""
     log_like = kind == "fractional" and values[np.isfinite(values)].max() < 30
     hint = "these look log-normalised; " if log_like else ""
     raise InputError(
         f"the counts hold a value that is {kind}: {value:.6g} in cell {adata.obs_names[cell]!r}, "
-        f"gene {adata.var_names[gene]!r}, and {int(wrong.sum()) - 1} more like it; {hint}expected "
-        "raw counts, 0, 1, 2, ... (name their layer with layer=..., --layer)"
+        f"gene {adata.var_names[gene]!r}{more}; {hint}expected raw counts, 0, 1, 2, ... (name "
+        "their layer with layer=..., --layer)"
     )
 
 

@@ -76,10 +76,23 @@ class GeneLikelihood:
     uses_gate: bool = True
 
 
+# Functions, not lambdas: a model can be pickled.
+def _zinb(p: CountParameters) -> TorchDistribution:
+    return ZeroInflatedNegativeBinomial(p.mu, p.theta, p.gate_logits)
+
+
+def _nb(p: CountParameters) -> TorchDistribution:
+    return NegativeBinomial(p.mu, p.theta)
+
+
+def _poisson(p: CountParameters) -> TorchDistribution:
+    return Poisson(p.mu)
+
+
 GENE_LIKELIHOODS = {
-    "zinb": GeneLikelihood(lambda p: ZeroInflatedNegativeBinomial(p.mu, p.theta, p.gate_logits)),
-    "nb": GeneLikelihood(lambda p: NegativeBinomial(p.mu, p.theta), uses_gate=False),
-    "poisson": GeneLikelihood(lambda p: Poisson(p.mu), uses_theta=False, uses_gate=False),
+    "zinb": GeneLikelihood(_zinb),
+    "nb": GeneLikelihood(_nb, uses_gate=False),
+    "poisson": GeneLikelihood(_poisson, uses_theta=False, uses_gate=False),
 }
 
 

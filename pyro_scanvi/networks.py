@@ -25,7 +25,7 @@ class BatchNorm(nn.BatchNorm1d):
         rows = x.reshape(-1, x.shape[-1])
         if self.training and len(rows) == 1:
             statistics = (self.running_mean, self.running_var, self.weight, self.bias)
-            return nn.functional.batch_norm(x, *statistics, eps=self.eps)
+            return nn.functional.batch_norm(rows, *statistics, eps=self.eps).reshape(x.shape)
         return super().forward(rows).reshape(x.shape)
 
 
@@ -35,7 +35,8 @@ class HiddenLayers(nn.Module):
     Parameters
     ----------
     n_in, n_hidden, n_layers
-        Width of the input, width of each hidden layer, and number of layers (0 is the identity).
+        Width of the input, width of each hidden layer, and number of layers; without any, the
+        output is the input and its covariates.
     n_covariates
         Width of the covariates that join the input of the first layer.
     deep
@@ -64,7 +65,7 @@ class HiddenLayers(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        self.n_out = n_hidden if n_layers else n_in
+        self.n_out = n_hidden if n_layers else n_in + n_covariates
         self.n_covariates = n_covariates
         self.layers = nn.ModuleList()
         for i in range(n_layers):
@@ -85,6 +86,8 @@ class HiddenLayers(nn.Module):
 
     def forward(self, x: Tensor, covariates: Tensor | None = None) -> Tensor:
         """(..., N, n_in) and (N, n_covariates) to (..., N, n_out)."""
+        if not self.layers:
+            return self._joined(x, covariates)
         for i, block in enumerate(self.layers):
             x = block(self._joined(x, covariates) if i == 0 or self.deep else x)
         return x

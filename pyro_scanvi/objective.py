@@ -156,6 +156,10 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
 
     def _get_trace(self, model, guide, args, kwargs) -> tuple[Trace, Trace]:
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        # Their log probability is 0, which Pyro gives in float32 even where the model is float64.
+        for name, site in list(model_trace.nodes.items()):
+            if site.get("infer", {}).get("_deterministic"):
+                model_trace.remove_node(name)
         for name in self.closed_form.intersection(guide_trace.nodes):
             _close(model_trace.nodes[name], guide_trace.nodes[name])
         if self.kl_weight != 1:
@@ -195,12 +199,12 @@ def _expected_costs(model_trace: Trace, guide_trace: Trace, n_cells: int) -> dic
     weight = _enumeration_weight(guide_trace)
     costs: dict[str, dict] = {"local": {}, "global": {}}
     for name, site in model_trace.nodes.items():
-        if site["type"] != "sample" or site["infer"].get("_deterministic"):
+        if site["type"] != "sample":
             continue
         cost = -_masked(site)
         if name in guide_trace.nodes:
             cost = cost + _masked(guide_trace.nodes[name])
-        if not site["cond_indep_stack"]:
+        if all(plate.name != "cells" for plate in site["cond_indep_stack"]):
             costs["global"][name] = cost.sum()
             continue
         cell = (weight * cost).reshape(-1, n_cells).sum(0)

@@ -2,25 +2,32 @@
 
 import warnings
 from collections.abc import Sequence
+from itertools import cycle
+from typing import Any
 
 import anndata as ad
 import matplotlib.pyplot as plt
 import pandas as pd
 import scanpy as sc
+import torch
 from matplotlib.figure import Figure
+from scanpy.plotting.palettes import default_20, default_102
 
 
 def compute_umap(adata: ad.AnnData, seed: int = 0) -> None:
     """UMAP of ``obsm["X_scanvi"]`` by scanpy, into ``obsm["X_umap"]``."""
+    threads = torch.get_num_threads()
     with warnings.catch_warnings():  # numba and umap speak of their own insides
         warnings.simplefilter("ignore")
-        n_neighbors = min(15, adata.n_obs - 1)
+        n_neighbors = min(15, max(2, adata.n_obs - 1))
         sc.pp.neighbors(adata, use_rep="X_scanvi", n_neighbors=n_neighbors, random_state=seed)
-        sc.tl.umap(adata, random_state=seed)
+        start = "spectral" if adata.n_obs > 3 else "random"  # three cells have no spectrum to use
+        sc.tl.umap(adata, init_pos=start, random_state=seed)
+    torch.set_num_threads(threads)  # numba has set those of OpenMP, which are torch's too
 
 
-def umap_figure(adata: ad.AnnData, columns: Sequence[str]) -> Figure:
-    """UMAP coloured by columns of obs, side by side.
+def umap_figure(adata: ad.AnnData, columns: Sequence[str], unlabeled: str = "Unknown") -> Figure:
+    """UMAP coloured by columns of obs, side by side; a label has one colour in all of them.
 
     Parameters
     ----------
@@ -29,12 +36,27 @@ def umap_figure(adata: ad.AnnData, columns: Sequence[str]) -> Figure:
     columns
         Columns of ``obs``, such as the given labels, ``scanvi_prediction`` and
         ``scanvi_confidence``.
+    unlabeled
+        The category that is drawn in grey.
     """
     figure, axes = plt.subplots(1, len(columns), figsize=(6.5 * len(columns), 4.5), squeeze=False)
+    palette = _palette(adata.obs[list(columns)], unlabeled)
     for axis, column in zip(axes[0], columns, strict=True):
-        sc.pl.umap(adata, color=column, ax=axis, show=False, frameon=False)
+        categorical = isinstance(adata.obs[column].dtype, pd.CategoricalDtype)
+        chosen = palette if categorical else None
+        sc.pl.umap(adata, color=column, palette=chosen, ax=axis, show=False, frameon=False)
     figure.tight_layout()
     return figure
+
+
+def _palette(obs: pd.DataFrame, unlabeled: str) -> dict[Any, str]:
+    """One colour for each category of any column, by the order in which they come."""
+    categories = [
+        c for _, column in obs.select_dtypes("category").items() for c in column.cat.categories
+    ]
+    labels = [c for c in dict.fromkeys(categories) if c != unlabeled]
+    colours = default_102 if len(labels) > len(default_20) else default_20
+    return dict(zip(labels, cycle(colours), strict=False)) | {unlabeled: "lightgrey"}
 
 
 def loss_figure(history: pd.DataFrame) -> Figure:

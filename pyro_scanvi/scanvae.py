@@ -640,6 +640,7 @@ class SCANVAE(nn.Module):
         embedded = checks.look_up(BATCH_REPRESENTATIONS, representation, "batch_representation")
         kwargs = dict(kwargs or {})
         checks.check_known(kwargs, ["embedding_dim"], "an argument of the batch embedding")
+        checks.check_at_least(1, **kwargs)
         if kwargs and not embedded:
             raise ValueError("batch_embedding_kwargs needs batch_representation='embedding'")
         dim = kwargs.get("embedding_dim", EMBEDDING_DIM) if embedded else None

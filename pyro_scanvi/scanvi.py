@@ -31,7 +31,12 @@ FROM_DATA = (
 # For few labels of each type. The defaults, which are those of scvi-tools, learn few labelled cells
 # by heart: the encoder then puts them apart from the unlabelled cells of their type.
 FEW_LABELS = {"linear_classifier": True, "dropout_rate": 0.5, "n_latent": 20}
-FEW_LABELS_PLAN = {"classification_ratio": 200.0}
+FEW_LABELS_PLAN = {"classification_ratio": 500.0}
+
+
+def few_labels_epochs(n_cells: int) -> int:
+    """The default number of epochs, but 150 at most: learning by heart comes with time."""
+    return min(training.default_max_epochs(n_cells), 150)
 
 
 class SCANVI:
@@ -254,12 +259,11 @@ class SCANVI:
         progress_bar
             Show one.
         seed
-            Of split, shuffling, dropout and sampling; None is the model's own.
+            Of shuffling, dropout and sampling; None is the model's own. The split is always that
+            of the model's seed, so that training on never sees held-out cells.
         """
         if not 0 < train_size <= 1:
             raise InputError(f"train_size={train_size}, expected a share in (0, 1]")
-        if early_stopping and train_size == 1:
-            raise InputError("early_stopping needs held-out cells; lower train_size")
         check_at_least(1, batch_size=batch_size)
         if max_epochs is None:
             max_epochs = training.default_max_epochs(len(self._data))
@@ -267,12 +271,6 @@ class SCANVI:
         known = list(asdict(training.Plan()))
         check_known(plan_kwargs or {}, known, "a field of the training plan")
         plan = training.Plan(**(plan_kwargs or {}))
-        self.training_settings = asdict(plan) | {
-            "max_epochs": max_epochs,
-            "train_size": train_size,
-            "batch_size": batch_size,
-            "early_stopping": early_stopping,
-        }
         history = training.fit(
             self.module,
             self._data,
@@ -281,10 +279,18 @@ class SCANVI:
             train_size=train_size,
             batch_size=batch_size,
             seed=self.seed if seed is None else seed,
+            split_seed=self.seed,
+            first_epoch=self.n_epochs_trained,
             early_stopping=early_stopping_patience if early_stopping else None,
             callbacks=callbacks,
             progress_bar=progress_bar,
         )
+        self.training_settings = asdict(plan) | {
+            "max_epochs": max_epochs,
+            "train_size": train_size,
+            "batch_size": batch_size,
+            "early_stopping": early_stopping,
+        }
         if len(history):
             history["epoch"] += self.n_epochs_trained
             self.history = pd.concat([self.history, history], ignore_index=True)

@@ -16,10 +16,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pyro_scanvi.checks import InputError
 from pyro_scanvi.data import CellData, Cells, ordered_loader, split, training_loader
 from pyro_scanvi.metrics import label_scores
 from pyro_scanvi.objective import ObjectiveParts, SemiSupervisedELBO
 from pyro_scanvi.scanvae import SCANVAE
+
+NOISE = (".*does not have many workers.*", ".*have no `val_dataloader`.*", ".*treespec, LeafSpec.*")
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,8 @@ class TrainingPlan(lightning.LightningModule):
             return self.bound.parts(cells)
 
     def _close_epoch(self, name: str, scores: EpochScores) -> None:
+        if not scores.n_cells:  # interrupted before the first minibatch
+            return
         means = scores.mean()
         self.rows.append({"epoch": self.current_epoch, "split": name} | means)
         self.log_dict({f"{key}_{name}": value for key, value in means.items()})
@@ -160,10 +165,12 @@ class TrainingPlan(lightning.LightningModule):
 class ProgressBar(Callback):
     """One bar over the epochs, with the ELBO and the time that remains."""
 
-    def on_train_start(self, trainer: lightning.Trainer, module: TrainingPlan) -> None:
-        """Draw it."""
+    def __init__(self):
         text = TextColumn("{task.description}")
         self.bar = Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+    def on_train_start(self, trainer: lightning.Trainer, module: TrainingPlan) -> None:
+        """Draw it."""
         self.task = self.bar.add_task("epoch", total=trainer.max_epochs)
         self.bar.start()
 
@@ -196,28 +203,35 @@ def fit(
     train_size: float,
     batch_size: int,
     seed: int,
+    split_seed: int,
+    first_epoch: int,
     early_stopping: int | None,
     callbacks: Sequence[Callback],
     progress_bar: bool,
 ) -> pd.DataFrame:
-    """Train `vae` in place; returns the history. Leaves it in eval mode."""
+    """Train `vae` in place; returns the history. Leaves it in eval mode.
+
+    `first_epoch` counts the epochs before this call: training on shuffles and draws anew.
+    """
     module = TrainingPlan(vae, plan)
-    train, validation = split(data.label, train_size, seed)
-    loaders = [training_loader(data.subset(train), batch_size, seed)]
+    train, validation = split(data.label, train_size, split_seed)
+    loaders = [training_loader(data.subset(train), batch_size, seed, first_epoch)]
     if len(validation):
         loaders.append(ordered_loader(data.subset(validation), batch_size))
     own = [ProgressBar()] if progress_bar else []
     if early_stopping is not None:
+        if not len(validation):
+            raise InputError("early_stopping needs held-out cells; lower train_size")
         own.append(EarlyStopping("elbo_validation", mode="max", patience=early_stopping))
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(_quiet_lightning())
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + first_epoch)
         trainer = make_trainer(max_epochs, [*own, *callbacks])
         stack.enter_context(_stop_on_interrupt(trainer))
+        stack.callback(vae.eval)
         module.train()  # Lightning keeps the mode that it finds
         trainer.fit(module, *loaders)
-    vae.eval()
     return module.history()
 
 
@@ -265,14 +279,14 @@ def _stop_on_interrupt(trainer: lightning.Trainer) -> Iterator[None]:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Without Lightning's notes on devices, on loader processes that would slow us down, and on
-    what its own code calls that torch has deprecated."""
+    """Without Lightning's notes on devices, on loader processes that would slow us down, on a
+    missing validation split, and on what its own code calls that torch has deprecated."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            for noise in (".*does not have many workers.*", ".*treespec, LeafSpec.*"):
+            for noise in NOISE:
                 warnings.filterwarnings("ignore", message=noise)
             yield
     finally:

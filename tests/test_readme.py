@@ -14,7 +14,9 @@ def test_blocks_run(n_blocks, monkeypatch, capsys):
     """Fewer epochs, otherwise as they stand."""
     namespace: dict = {}
     for block in BLOCKS[:n_blocks]:
-        exec(compile(block.replace("max_epochs=100", "max_epochs=2"), README.name, "exec"), namespace)
+        exec(
+            compile(block.replace("max_epochs=150", "max_epochs=2"), README.name, "exec"), namespace
+        )
     assert namespace["adata"].obs["predicted"].isin(namespace["model"].fields.classes).all()
     assert namespace["probabilities"].shape == (700, 10)
 

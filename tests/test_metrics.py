@@ -1,0 +1,122 @@
+"""Scores of predicted probabilities, and the baselines that they are compared with."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score
+
+from pyro_scanvi.baselines import baseline_probabilities
+from pyro_scanvi.metrics import expected_calibration_error, label_scores
+from tests.examples import simulated
+
+# ---- scores -------------------------------------------------------------------------------------
+
+
+def calibration_error_by_loop(correct, confidence, n_bins):
+    """Guo et al. (2017), eq. 3, bin by bin; bins are open below and closed above."""
+    total = 0.0
+    for b in range(n_bins):
+        inside = (confidence > b / n_bins) & (confidence <= (b + 1) / n_bins)
+        if inside.any():
+            total += inside.sum() * abs(correct[inside].mean() - confidence[inside].mean())
+    return total / len(correct)
+
+
+# Two bins. Below 0.5: one cell, right at 0.3, gap 0.7. Above: two of three are right at a mean
+# confidence of 2.3 / 3, gap 0.1. Together (0.7 + 3 * 0.1) / 4.
+BY_HAND = {
+    "two bins": ([1, 0, 1, 1], [0.9, 0.8, 0.3, 0.6], 2, 0.25),
+    "perfect: sure and right": ([1, 1, 1], [1.0, 1.0, 1.0], 15, 0.0),
+    "perfect: three of four at 3/4": ([1, 1, 1, 0], [0.75] * 4, 15, 0.0),
+    "worst: sure and wrong": ([0, 0], [1.0, 1.0], 15, 1.0),
+    "worst: doubtful and right": ([1, 1], [0.0, 0.0], 15, 1.0),
+    "gaps of two bins do not cancel": ([1, 0], [0.2, 0.8], 2, 0.8),
+    "gaps within a bin cancel": ([1, 0], [0.7, 0.7], 1, 0.2),
+    "a border belongs to the bin below": ([0, 1], [0.5, 0.6], 2, 0.45),
+}
+
+
+@pytest.mark.parametrize(
+    ("correct", "confidence", "n_bins", "expected"), BY_HAND.values(), ids=BY_HAND
+)
+@pytest.mark.parametrize("dtype", [bool, float])
+def test_calibration_error_by_hand(correct, confidence, n_bins, expected, dtype):
+    found = expected_calibration_error(np.array(correct, dtype), np.array(confidence), n_bins)
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n_bins", [1, 10, 15])
+def test_calibration_error_against_a_loop(n_bins):
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(size=500)
+    correct = rng.uniform(size=500) < confidence**2
+    found = expected_calibration_error(correct, confidence, n_bins)
+    assert found == pytest.approx(calibration_error_by_loop(correct, confidence, n_bins))
+    order = rng.permutation(500)
+    assert expected_calibration_error(correct[order], confidence[order], n_bins) == pytest.approx(
+        found
+    )
+
+
+def one_hot(predicted: list[int], n: int = 4) -> np.ndarray:
+    return np.eye(n)[predicted]
+
+
+# Label, prediction, accuracy, macro-F1.
+SCORES = {
+    # F1 of class 0 is 2/3, of class 1 1/2, of class 2 0.
+    "by hand": ([0, 0, 1, 2], [0, 1, 1, 1], 0.5, 7 / 18),
+    "all right": ([0, 1, 2, 3], [0, 1, 2, 3], 1.0, 1.0),
+    "all wrong": ([0, 1], [1, 0], 0.0, 0.0),
+    # Class 3 does not occur: it is no class with F1 0.
+    "a class that does not occur": ([0, 0], [0, 3], 0.5, 2 / 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("label", "predicted", "accuracy", "macro_f1"), SCORES.values(), ids=SCORES
+)
+def test_label_scores_by_hand(label, predicted, accuracy, macro_f1):
+    scores = label_scores(np.array(label), one_hot(predicted))
+    assert list(scores) == ["accuracy", "macro_f1", "calibration_error"]
+    assert scores["accuracy"] == pytest.approx(accuracy)
+    assert scores["macro_f1"] == pytest.approx(macro_f1)
+    assert scores["calibration_error"] == pytest.approx(1 - accuracy)  # each is sure
+
+
+@pytest.mark.parametrize("n_labels", [2, 5, 30])
+def test_label_scores_against_scikit_learn(n_labels):
+    rng = np.random.default_rng(n_labels)
+    label = rng.integers(n_labels, size=200)
+    probabilities = rng.dirichlet(np.ones(n_labels), size=200).astype(np.float32)
+    predicted = probabilities.argmax(1)
+    scores = label_scores(label, probabilities)
+    assert scores["accuracy"] == pytest.approx(accuracy_score(label, predicted))
+    assert scores["macro_f1"] == pytest.approx(f1_score(label, predicted, average="macro"))
+    assert scores["calibration_error"] == pytest.approx(
+        calibration_error_by_loop(predicted == label, probabilities.max(1), 15), abs=1e-6
+    )
+
+
+# ---- baselines ----------------------------------------------------------------------------------
+
+
+def test_baselines_see_the_labels_of_the_labelled_alone():
+    adata = simulated(n=60)
+    labels, labelled = adata.obs["truth"].to_numpy(), np.arange(60) % 5 < 2
+    counts = adata.X.copy()
+    found = baseline_probabilities(adata, labels, labelled)
+    assert list(found) == ["logistic regression", "majority class"]
+
+    scaled = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+    regression = LogisticRegression(max_iter=2000).fit(scaled[labelled], labels[labelled])
+    expected = regression.predict_proba(scaled[~labelled])
+    np.testing.assert_allclose(found["logistic regression"], expected, atol=1e-3)
+
+    shares = np.unique(labels[labelled], return_counts=True)[1] / labelled.sum()
+    np.testing.assert_allclose(found["majority class"], np.tile(shares, (36, 1)))
+
+    blind = baseline_probabilities(adata, np.where(labelled, labels, "?"), labelled)
+    for name, probabilities in found.items():
+        np.testing.assert_array_equal(blind[name], probabilities)
+    np.testing.assert_array_equal(adata.X, counts)
