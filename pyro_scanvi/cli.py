@@ -17,7 +17,7 @@ from rich.table import Table
 from pyro_scanvi import datasets, plotting
 from pyro_scanvi.baselines import baseline_probabilities
 from pyro_scanvi.checks import InputError
-from pyro_scanvi.fields import check_names, empty_cells, storable_names
+from pyro_scanvi.fields import check_names, empty_cells
 from pyro_scanvi.files import (
     check_folder,
     check_writable,
@@ -128,8 +128,6 @@ def annotate(
             plan_kwargs={"classification_ratio": classification_ratio},
         )
         model.annotate()
-        soft = adata.obsm["scanvi_probabilities"]
-        soft.columns = storable_names(soft.columns)
         write_anndata(adata, output)
         _say(f"annotated cells: {output}")
         if report is not None:

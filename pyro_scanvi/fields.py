@@ -17,6 +17,7 @@ from pyro_scanvi.interop import ScviSave
 
 UNS_KEY = "pyro_scanvi"
 NAMES_SHOWN = 5
+WRITTEN = ("scanvi_prediction", "scanvi_confidence")  # columns of obs
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Fields:
         categorical = tuple(categorical_covariate_keys or ())
         continuous = tuple(continuous_covariate_keys or ())
         check_names(adata)
+        _check_not_ours(labels_key)
         optional = [k for k in (batch_key, size_factor_key) if k]
         check_keys(adata, [labels_key, *optional, *categorical, *continuous])
         check_counts(counts_of(adata, layer), adata)
@@ -222,6 +224,14 @@ class Fields:
                 f"in cell {adata.obs_names[values <= 0][0]!r}; size factors multiply expression"
             )
         return values[:, None]
+
+
+def _check_not_ours(labels_key: str) -> None:
+    if labels_key in WRITTEN:
+        raise InputError(
+            f"obs[{labels_key!r}] is where predictions are written, replacing the labels; "
+            "copy it to a column of another name"
+        )
 
 
 def check_names(adata: ad.AnnData) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from pyro_scanvi import interop, posterior, saving, training
 from pyro_scanvi.checks import InputError, check_at_least, check_known
 from pyro_scanvi.data import library_prior
-from pyro_scanvi.fields import UNS_KEY, Fields
+from pyro_scanvi.fields import UNS_KEY, Fields, storable_names
 from pyro_scanvi.scanvae import SCANVAE
 
 EVALUATION_BATCH_SIZE = 512
@@ -82,6 +82,7 @@ class SCANVI:
     """
 
     def __init__(self, adata: ad.AnnData, seed: int = 0, **vae_arguments: Any):
+        check_at_least(0, seed=seed)
         self.fields = Fields.from_uns(adata)
         self.adata = adata
         self.seed = seed
@@ -264,6 +265,8 @@ class SCANVI:
         """
         if not 0 < train_size <= 1:
             raise InputError(f"train_size={train_size}, expected a share in (0, 1]")
+        seed = self.seed if seed is None else seed
+        check_at_least(0, seed=seed)
         check_at_least(1, batch_size=batch_size)
         if max_epochs is None:
             max_epochs = training.default_max_epochs(len(self._data))
@@ -278,7 +281,7 @@ class SCANVI:
             max_epochs=max_epochs,
             train_size=train_size,
             batch_size=batch_size,
-            seed=self.seed if seed is None else seed,
+            seed=seed,
             split_seed=self.seed,
             first_epoch=self.n_epochs_trained,
             early_stopping=early_stopping_patience if early_stopping else None,
@@ -354,7 +357,7 @@ class SCANVI:
         adata = self.adata if adata is None else adata
         soft = self.predict(adata, soft=True)
         latent = self.get_latent_representation(adata)
-        soft.columns = soft.columns.astype(str)
+        soft.columns = storable_names(self.fields.classes)
         predicted = self.fields.classes[soft.to_numpy().argmax(1)]
         adata.obs["scanvi_prediction"] = pd.Categorical(predicted, categories=self.fields.classes)
         adata.obs["scanvi_confidence"] = soft.max(axis=1)

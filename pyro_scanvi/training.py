@@ -1,13 +1,14 @@
 """Training by Lightning: plan, history, progress bar, and a Ctrl-C that loses nothing."""
 
 import logging
+import math
 import signal
 import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import lightning
 import pandas as pd
@@ -47,6 +48,11 @@ class Plan:
     classification_ratio: float = 50.0
     feed_labels: bool = True
     n_epochs_kl_warmup: int = 0
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if not 0 <= value < math.inf:  # NaN fails too
+                raise InputError(f"{name}={value}, expected a number that is at least 0")
 
     def objective(self, vae: SCANVAE) -> SemiSupervisedELBO:
         """The objective of this plan for a model."""
@@ -176,10 +182,12 @@ class ProgressBar(Callback):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: TrainingPlan) -> None:
         """Advance it."""
-        shown = {"ELBO": "elbo_train", "validation": "elbo_validation"}
-        known = trainer.callback_metrics
-        scores = [f"{k} {known[v].item():.1f}" for k, v in shown.items() if v in known]
-        self.bar.update(self.task, advance=1, description="  ".join(["epoch", *scores]))
+        # Lightning calls this before the module has logged its own scores of the epoch.
+        train = module.train_scores
+        shown = [f"epoch  ELBO {train.sums['elbo'] / max(train.n_cells, 1):.1f}"]
+        if "elbo_validation" in trainer.callback_metrics:
+            shown.append(f"validation {trainer.callback_metrics['elbo_validation'].item():.1f}")
+        self.bar.update(self.task, advance=1, description="  ".join(shown))
 
     def on_train_end(self, trainer: lightning.Trainer, module: TrainingPlan) -> None:
         """Leave it standing."""

@@ -261,3 +261,39 @@ def test_genes_changed_after_setup():
     SCANVI.setup_anndata(adata, "cell_type", "Unknown")
     with pytest.raises(InputError, match="genes differ"):
         SCANVI(adata[:, :10].copy())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_plan_of_no_numbers_is_refused(value):
+    model = small_model(simulated())
+    with pytest.raises(InputError, match="classification_ratio"):
+        model.train(max_epochs=1, plan_kwargs={"classification_ratio": value})
+
+
+def test_negative_seeds_are_refused():
+    with pytest.raises(ValueError, match="seed=-1"):
+        small_model(simulated(), seed=-1)
+    with pytest.raises(ValueError, match="seed=-2"):
+        small_model(simulated()).train(1, seed=-2)
+
+
+def test_labels_are_not_replaced_by_predictions():
+    adata = simulated()
+    adata.obs["scanvi_prediction"] = adata.obs["cell_type"]
+    with pytest.raises(InputError, match="copy it to a column of another name"):
+        SCANVI.setup_anndata(adata, "scanvi_prediction", "Unknown")
+
+
+def test_annotations_of_clashing_labels_can_be_stored(tmp_path):
+    """A file takes a slash for a path: "T/NK" cannot stand beside "T"."""
+    adata = simulated()
+    names = dict(zip(TYPES, ["B", "T/NK", "T"], strict=True))
+    adata.obs["cell_type"] = adata.obs["cell_type"].astype(str).replace(names)
+    model = small_model(adata)
+    with pytest.warns(UserWarning, match="cannot hold columns of all these names"):
+        model.annotate()
+    assert list(adata.obsm["scanvi_probabilities"]) == ["B", "T", "2: T|NK"]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    again = ad.read_h5ad(tmp_path / "cells.h5ad")
+    assert list(again.obsm["scanvi_probabilities"]) == ["B", "T", "2: T|NK"]
+    assert list(again.obs["scanvi_prediction"].cat.categories) == ["B", "T", "T/NK"]
