@@ -39,10 +39,16 @@ app = typer.Typer(
 console = Console()
 complaints = Console(stderr=True)
 
-Seed = Annotated[
-    int,
-    typer.Option(min=0, max=2**32 - 1, help="Seed of weights, split, shuffling and sampling."),
+Source = Annotated[Path, typer.Argument(metavar="IN.h5ad", help="Cells by genes, raw counts.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT.h5ad", help="Where to write the result.")]
+LabelsKey = Annotated[str, typer.Option(help="Column of obs with the labels.")]
+UnlabeledCategory = Annotated[
+    str, typer.Option(help="Value of that column where the label is not known.")
 ]
+BatchKey = Annotated[
+    str | None, typer.Option(help="Column of obs with the batch; one batch if not given.")
+]
+Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts; X if not given.")]
 MaxEpochs = Annotated[
     int | None,
     typer.Option(
@@ -51,53 +57,57 @@ MaxEpochs = Annotated[
         show_default=False,
     ),
 ]
+BatchSize = Annotated[int, typer.Option(min=1, help="Cells in a minibatch.")]
+NHidden = Annotated[int, typer.Option(min=1, help="Units in a hidden layer.")]
+NLatent = Annotated[int, typer.Option(min=1, help="Dimensions of the latent space.")]
+DropoutRate = Annotated[
+    float, typer.Option(min=0, max=0.99, help="Probability of dropping a unit in training.")
+]
+LinearClassifier = Annotated[
+    bool, typer.Option(help="Classify the latent space by one linear layer.")
+]
+ClassificationRatio = Annotated[
+    float, typer.Option(min=0, help="Weight of the cross-entropy against the ELBO of one cell.")
+]
+EarlyStopping = Annotated[
+    bool, typer.Option(help="Stop when the ELBO of the held-out cells rises no more.")
+]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="Seed of weights, split, shuffling and sampling."),
+]
+Report = Annotated[
+    Path | None, typer.Option(help="Folder for pictures, made if new; none if not given.")
+]
+DropEmptyCells = Annotated[
+    bool,
+    typer.Option("--drop-empty-cells", help="Leave out cells without counts; off by default."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT.h5ad if it exists; off by default.")
+]
 
 
 @app.command()
 def annotate(
-    source: Annotated[Path, typer.Argument(metavar="IN.h5ad", help="Cells by genes, raw counts.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT.h5ad", help="Where to write the result.")],
-    labels_key: Annotated[str, typer.Option(help="Column of obs with the labels.")],
-    unlabeled_category: Annotated[
-        str, typer.Option(help="Value of that column where the label is not known.")
-    ] = "Unknown",
-    batch_key: Annotated[
-        str | None, typer.Option(help="Column of obs with the batch; one batch if not given.")
-    ] = None,
-    layer: Annotated[
-        str | None, typer.Option(help="Layer with the raw counts; X if not given.")
-    ] = None,
+    source: Source,
+    output: Output,
+    labels_key: LabelsKey,
+    unlabeled_category: UnlabeledCategory = "Unknown",
+    batch_key: BatchKey = None,
+    layer: Layer = None,
     max_epochs: MaxEpochs = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Cells in a minibatch.")] = 128,
-    n_hidden: Annotated[int, typer.Option(min=1, help="Units in a hidden layer.")] = 128,
-    n_latent: Annotated[
-        int, typer.Option(min=1, help="Dimensions of the latent space.")
-    ] = FEW_LABELS["n_latent"],
-    dropout_rate: Annotated[
-        float, typer.Option(min=0, max=0.99, help="Probability of dropping a unit in training.")
-    ] = FEW_LABELS["dropout_rate"],
-    linear_classifier: Annotated[
-        bool, typer.Option(help="Classify the latent space by one linear layer.")
-    ] = FEW_LABELS["linear_classifier"],
-    classification_ratio: Annotated[
-        float,
-        typer.Option(min=0, help="Weight of the cross-entropy against the ELBO of one cell."),
-    ] = FEW_LABELS_PLAN["classification_ratio"],
-    early_stopping: Annotated[
-        bool, typer.Option(help="Stop when the ELBO of the held-out cells rises no more.")
-    ] = False,
+    batch_size: BatchSize = 128,
+    n_hidden: NHidden = 128,
+    n_latent: NLatent = FEW_LABELS["n_latent"],
+    dropout_rate: DropoutRate = FEW_LABELS["dropout_rate"],
+    linear_classifier: LinearClassifier = FEW_LABELS["linear_classifier"],
+    classification_ratio: ClassificationRatio = FEW_LABELS_PLAN["classification_ratio"],
+    early_stopping: EarlyStopping = False,
     seed: Seed = 0,
-    report: Annotated[
-        Path | None, typer.Option(help="Folder for pictures, made if new; none if not given.")
-    ] = None,
-    drop_empty_cells: Annotated[
-        bool,
-        typer.Option("--drop-empty-cells", help="Leave out cells without counts; off by default."),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace OUT.h5ad if it exists; off by default."),
-    ] = False,
+    report: Report = None,
+    drop_empty_cells: DropEmptyCells = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Label the cells of IN.h5ad and write them to OUT.h5ad.
 

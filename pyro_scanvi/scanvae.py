@@ -171,19 +171,9 @@ class SCANVAE(nn.Module):
     ):
         super().__init__()
         checks.check_arguments(SCANVAE, unknown)
-        n_cats_per_cov = tuple(n_cats_per_cov or ())
-        checks.check_at_least(1, n_input=n_input, n_hidden=n_hidden, n_latent=n_latent)
-        checks.check_at_least(
-            0, n_batch=n_batch, n_layers=n_layers, n_continuous_cov=n_continuous_cov
-        )
-        checks.check_at_least(2, n_labels=n_labels)
-        checks.check_at_least(
-            1, **{f"n_cats_per_cov[{i}]": n for i, n in enumerate(n_cats_per_cov)}
-        )
         checks.check_rate(dropout_rate=dropout_rate)
-        self.n_input, self.n_batch, self.n_labels = n_input, max(n_batch, 1), n_labels
-        self.n_hidden, self.n_latent, self.n_layers = n_hidden, n_latent, n_layers
-        self.n_continuous_cov, self.n_cats_per_cov = n_continuous_cov, n_cats_per_cov
+        self._set_data_sizes(n_input, n_batch, n_labels, n_continuous_cov, n_cats_per_cov)
+        self._set_network_sizes(n_hidden, n_latent, n_layers)
         self.dropout_rate, self.deep = dropout_rate, deeply_inject_covariates
         self.log_variational, self.encode_covariates = log_variational, encode_covariates
         self._norms = _norms(use_batch_norm, use_layer_norm)
@@ -618,6 +608,27 @@ class SCANVAE(nn.Module):
         return cells
 
     # ---- construction -----------------------------------------------------------------------
+
+    def _set_data_sizes(
+        self,
+        n_input: int,
+        n_batch: int,
+        n_labels: int,
+        n_continuous_cov: int,
+        n_cats_per_cov: Sequence[int] | None,
+    ) -> None:
+        categories = tuple(n_cats_per_cov or ())
+        checks.check_at_least(1, n_input=n_input)
+        checks.check_at_least(0, n_batch=n_batch, n_continuous_cov=n_continuous_cov)
+        checks.check_at_least(2, n_labels=n_labels)
+        checks.check_at_least(1, **{f"n_cats_per_cov[{i}]": n for i, n in enumerate(categories)})
+        self.n_input, self.n_batch, self.n_labels = n_input, max(n_batch, 1), n_labels
+        self.n_continuous_cov, self.n_cats_per_cov = n_continuous_cov, categories
+
+    def _set_network_sizes(self, n_hidden: int, n_latent: int, n_layers: int) -> None:
+        checks.check_at_least(1, n_hidden=n_hidden, n_latent=n_latent)
+        checks.check_at_least(0, n_layers=n_layers)
+        self.n_hidden, self.n_latent, self.n_layers = n_hidden, n_latent, n_layers
 
     def _set_library(self, observed: bool, size_factor: bool, means: Any, variances: Any) -> None:
         if size_factor and not observed:
