@@ -124,8 +124,7 @@ class SCANVI:
             )
         Fields.from_scvi_save(save).store(adata)
         arguments = save.arguments()
-        chosen = {k: v for k, v in arguments.items() if k not in FROM_DATA}
-        model = cls(adata, seed=seed, **chosen)
+        model = cls(adata, seed=seed, **_chosen(arguments))
         model.module = SCANVAE.from_scvi_tools(save.state_dict, **arguments)
         return model
 
@@ -164,8 +163,7 @@ class SCANVI:
         if save.model_name != "SCVI":
             raise InputError(f"{directory} holds a {save.model_name}; open it with load_scvi_tools")
         Fields.from_scvi_save(save).labelled_by(adata, labels_key, unlabeled_category).store(adata)
-        arguments = save.arguments()
-        model = cls(adata, seed=seed, **{k: v for k, v in arguments.items() if k not in FROM_DATA})
+        model = cls(adata, seed=seed, **_chosen(save.arguments()))
         shared = interop.shared_state(model.module, save.state_dict)
         model.module.load_state_dict(shared, strict=False)
         return model
@@ -464,3 +462,8 @@ class SCANVI:
         if not len(positions):
             raise InputError("indices selects no cell; give the positions of some")
         return data.subset(positions), names[positions]
+
+
+def _chosen(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of SCANVAE that the data do not give."""
+    return {k: v for k, v in arguments.items() if k not in FROM_DATA}
