@@ -199,7 +199,7 @@ class SCANVAE(nn.Module):
         with self._plate(cells):
             u = pyro.sample("u", self.p_u())  # N | K
             y = pyro.sample(  # N | L
-                "y", self.p_y(), obs=self._one_hot(cells), obs_mask=cells.labelled
+                "y", self.p_y(), obs=self.one_hot_labels(cells), obs_mask=cells.labelled
             )
             z = pyro.sample("z", self.p_z(u, y))  # N | K
             library = self.observed_library(cells)  # N, 1
@@ -252,7 +252,7 @@ class SCANVAE(nn.Module):
             # Without the mask, labelled cells would gain an entropy term.
             with poutine.mask(mask=~labelled):
                 y = pyro.sample("y_unobserved", self.q_y(z), infer={"enumerate": "parallel"})
-            y = torch.where(labelled.unsqueeze(-1), self._one_hot(cells), y)  # L, N, L
+            y = torch.where(labelled.unsqueeze(-1), self.one_hot_labels(cells), y)  # L, N, L
             pyro.sample("u", self.q_u(z, y))  # L, N | K
             if self.latent_library:
                 pyro.sample("l", self.q_l(cells))  # N | 1
@@ -281,11 +281,12 @@ class SCANVAE(nn.Module):
             return cells.size_factor
         return None if self.latent_library else cells.x.sum(-1, keepdim=True)
 
+    def one_hot_labels(self, cells: Cells) -> Tensor:
+        """Known labels as one-hot, (N, L); what stands for an unknown one is not to be read."""
+        return one_hot(cells.label.clamp(min=0), self.n_labels).to(self.y_prior.dtype)
+
     def _plate(self, cells: Cells) -> pyro.plate:
         return pyro.plate("cells", size=cells.n_obs, subsample=cells.index, dim=-1)
-
-    def _one_hot(self, cells: Cells) -> Tensor:
-        return one_hot(cells.label.clamp(min=0), self.n_labels).to(self.y_prior.dtype)
 
     def _encoder_input(self, cells: Cells) -> tuple[Tensor, Tensor | None]:
         x = cells.x.log1p() if self.log_variational else cells.x
@@ -422,7 +423,7 @@ class SCANVAE(nn.Module):
             cells = replace(cells, batch=torch.full_like(cells.batch, transform_batch))
             checks.check_codes("transform_batch", cells.batch, len(cells), self.n_batch)
         size = cells.size_factor if self.use_size_factor_key else library.exp()
-        px = self.p_x(z, size, self._one_hot(cells), cells)
+        px = self.p_x(z, size, self.one_hot_labels(cells), cells)
         pl = _of_log(_dimensionwise(self.p_l(cells))) if self.latent_library else None
         pz = Normal(torch.zeros_like(z), torch.ones_like(z))
         return {"px": _dimensionwise(px), "pl": pl, "pz": pz}

@@ -24,7 +24,7 @@ ONLY = {  # where a layer would allow more
     "pickles": {"checks"},
     "scanvae": {"checks", "data", "likelihoods", "networks"},
     "saving": {"checks", "files"},
-    "posterior": {"data", "scanvae"},
+    "posterior": {"data", "likelihoods", "scanvae"},
     "training": {"checks", "data", "metrics", "objective", "scanvae"},
 }
 LAZY = {("scanvae", "interop")}  # scanvae answers by scvi-tools' names through interop
