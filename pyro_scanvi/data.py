@@ -33,6 +33,11 @@ class Cells:
         Further covariates: values (N, C) and codes (N, D).
     size_factor
         Given size of each cell in counts, (N, 1).
+    weight
+        Weight of each cell in the objective, (N,); None is 1. A weight of 2 is as if the cell were
+        there twice.
+    classified
+        Whether each labelled cell counts in the classification term, (N,); None is all of them.
     """
 
     x: Tensor
@@ -43,6 +48,8 @@ class Cells:
     continuous: Tensor | None = None
     categorical: Tensor | None = None
     size_factor: Tensor | None = None
+    weight: Tensor | None = None
+    classified: Tensor | None = None
 
     @classmethod
     def from_counts(cls, x: Tensor, batch=None, label=None, **covariates) -> "Cells":
@@ -87,6 +94,8 @@ class CellData(Dataset):
         Codes, (N,); label is ``UNLABELED`` where it is not known.
     continuous, categorical, size_factor
         Further covariates, (N, C) and (N, D), and size factors, (N, 1); None where not used.
+    weight
+        Weight of each cell in the objective, (N,); None is 1.
     """
 
     counts: csr_matrix | np.ndarray
@@ -95,6 +104,7 @@ class CellData(Dataset):
     continuous: np.ndarray | None = None
     categorical: np.ndarray | None = None
     size_factor: np.ndarray | None = None
+    weight: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.counts.shape[0]
@@ -119,13 +129,32 @@ class MinibatchSampler(Sampler[np.ndarray]):
     Minibatches differ by one cell at most in size, so there is no small last one. Labelled cells
     are dealt out evenly, so that few labels still reach every minibatch that they can. The order
     depends on seed and epoch alone.
+
+    Parameters
+    ----------
+    label
+        Code of each cell, ``UNLABELED`` where it is not known.
+    batch_size
+        Most cells in a minibatch.
+    seed, first_epoch
+        Epoch e is shuffled by `seed` and `first_epoch` + e.
+    balanced
+        Draw the labelled cells of each epoch so that every label is seen equally often.
     """
 
-    def __init__(self, labelled: np.ndarray, batch_size: int, seed: int, first_epoch: int = 0):
-        self.labelled = labelled
-        self.n_minibatches = -(-len(labelled) // batch_size)
+    def __init__(
+        self,
+        label: np.ndarray,
+        batch_size: int,
+        seed: int,
+        first_epoch: int = 0,
+        balanced: bool = False,
+    ):
+        self.label = label
+        self.n_minibatches = -(-len(label) // batch_size)
         self.seed = seed
         self.first_epoch = first_epoch
+        self.balanced = balanced
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -137,16 +166,44 @@ class MinibatchSampler(Sampler[np.ndarray]):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         rng = np.random.default_rng([self.seed, self.first_epoch + self.epoch])
-        place = np.empty(len(self.labelled))
-        for stratum in (self.labelled, ~self.labelled):
-            n = stratum.sum()
-            place[stratum] = (rng.permutation(n) + rng.random(n)) / max(n, 1)
-        return iter(np.array_split(place.argsort(), self.n_minibatches))
+        labelled = np.flatnonzero(self.label != UNLABELED)
+        if self.balanced:
+            labelled = balanced_draw(self.label, rng)
+        strata = labelled, np.flatnonzero(self.label == UNLABELED)
+        place = [(rng.permutation(len(s)) + rng.random(len(s))) / max(len(s), 1) for s in strata]
+        order = np.concatenate(strata)[np.concatenate(place).argsort()]
+        return iter(np.array_split(order, self.n_minibatches))
 
 
-def training_loader(data: CellData, batch_size: int, seed: int, first_epoch: int = 0) -> DataLoader:
+def balanced_draw(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many positions as there are labelled cells, equally many of each label.
+
+    Cells of a rare label come several times, each equally often but for one.
+    """
+    classes = rng.permutation(np.unique(label[label != UNLABELED]))
+    total = int((label != UNLABELED).sum())
+    drawn = [np.empty(0, dtype=int)]
+    for rank, code in enumerate(classes):
+        members = np.flatnonzero(label == code)
+        share = total // len(classes) + (rank < total % len(classes))
+        whole, rest = divmod(share, len(members))
+        drawn += [np.tile(members, whole), rng.choice(members, rest, replace=False)]
+    return np.concatenate(drawn)
+
+
+def subsampled_labels(label: np.ndarray, n_per_label: int, rng: np.random.Generator) -> np.ndarray:
+    """At most so many cells of each label, drawn without replacement, as a mask (N,)."""
+    chosen = np.zeros(len(label), dtype=bool)
+    for code in np.unique(label[label != UNLABELED]):
+        chosen[rng.permutation(np.flatnonzero(label == code))[:n_per_label]] = True
+    return chosen
+
+
+def training_loader(
+    data: CellData, batch_size: int, seed: int, first_epoch: int = 0, balanced: bool = False
+) -> DataLoader:
     """Shuffled minibatches; see :class:`MinibatchSampler`."""
-    return _loader(data, MinibatchSampler(data.label != UNLABELED, batch_size, seed, first_epoch))
+    return _loader(data, MinibatchSampler(data.label, batch_size, seed, first_epoch, balanced))
 
 
 def ordered_loader(data: CellData, batch_size: int) -> DataLoader:
@@ -160,18 +217,26 @@ def _loader(data: CellData, positions: Iterable[np.ndarray]) -> DataLoader:
     return DataLoader(data, sampler=positions, batch_size=None, generator=torch.Generator())
 
 
-def split(label: np.ndarray, train_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(
+    label: np.ndarray, train_size: float, seed: int, validation_size: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Positions for training and for validation, split within each class and the unlabelled.
 
-    The validation share of a class is rounded down, so a class of few labels keeps them all.
+    The shares of a class that are not trained on are rounded down, so a class of few labels keeps
+    them all. What neither share takes is left out.
     """
     rng = np.random.default_rng(seed)
-    validation = []
+    if validation_size is None:
+        validation_size = 1 - train_size
+    validation, unused = [], []
     for code in np.unique(label):
         members = rng.permutation(np.flatnonzero(label == code))
-        validation.append(members[: int(len(members) * (1 - train_size) + 1e-9)])
+        held_out = int(len(members) * validation_size + 1e-9)
+        left_out = int(len(members) * (1 - train_size - validation_size) + 1e-9)
+        validation.append(members[:held_out])
+        unused.append(members[held_out : held_out + left_out])
     held_out = np.sort(np.concatenate(validation))
-    return np.setdiff1d(np.arange(len(label)), held_out), held_out
+    return np.setdiff1d(np.arange(len(label)), np.concatenate([held_out, *unused])), held_out
 
 
 def library_prior(data: CellData, n_batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -335,6 +335,28 @@ def find_classes(adata: ad.AnnData, labels_key: str, unlabeled_category: str) ->
             + (", ..." if len(classes) > NAMES_SHOWN else "")
         )
     return classes
+
+
+def weights_of(adata: ad.AnnData, weights: str | Sequence[float] | None) -> np.ndarray | None:
+    """Weight of each cell, a column of obs or numbers, scaled to a mean of 1; (N,)."""
+    if weights is None:
+        return None
+    if isinstance(weights, str):
+        check_keys(adata, [weights])
+        weights = _numbers(adata, weights)
+    values = np.asarray(weights, dtype=np.float32)
+    if values.shape != (adata.n_obs,):
+        raise InputError(
+            f"cell_weights has shape {values.shape}, expected one number for each of the "
+            f"{adata.n_obs} cells"
+        )
+    if not (np.isfinite(values) & (values > 0)).all():
+        wrong = ~(np.isfinite(values) & (values > 0))
+        raise InputError(
+            f"cell_weights holds {values[wrong][0]} for cell {adata.obs_names[wrong][0]!r}, "
+            "expected positive numbers; leave cells out by adata[cells]"
+        )
+    return values / values.mean()
 
 
 def storable_names(names: Iterable) -> list[str]:

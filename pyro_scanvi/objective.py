@@ -10,6 +10,7 @@ For a minibatch of cells, the loss is
 
 in nats per cell, with the expectation over an unknown label exact, w the KL weight, r the
 classification ratio, and the cross-entropy averaged over the labelled cells of the minibatch.
+Where cells have weights, each cell's term counts as often as its weight says, in both averages.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,6 +27,8 @@ from torch.distributions import kl_divergence
 from torch.nn.functional import cross_entropy
 
 from pyro_scanvi.data import UNLABELED, Cells
+
+SMALLEST_WEIGHT = 1e-30  # a minibatch without labels has no classification term
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,8 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
         elbo = _compute_dice_elbo(model_trace, guide_trace) / cells.n_obs
         logits = self.classifier(guide_trace.nodes["z"]["fn"].mean).logits
         wrong = cross_entropy(logits, cells.label, ignore_index=UNLABELED, reduction="none")
-        classification = wrong.sum() / cells.labelled.sum().clamp(min=1)
+        weight = _classification_weight(cells)
+        classification = (weight * wrong).sum() / weight.sum().clamp(min=SMALLEST_WEIGHT)
         loss = self.classification_ratio * classification - elbo
         with torch.no_grad():
             costs = _expected_costs(model_trace, guide_trace, len(cells))
@@ -166,6 +170,12 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
             for name in self.weighted.intersection(model_trace.nodes):
                 _weigh(model_trace.nodes[name], guide_trace.nodes.get(name), self.kl_weight)
         return model_trace, guide_trace
+
+
+def _classification_weight(cells: Cells) -> Tensor:
+    """Weight of each cell in the classification term, (N,); 0 where there is no label."""
+    counted = cells.labelled if cells.classified is None else cells.labelled & cells.classified
+    return counted.to(cells.x.dtype) if cells.weight is None else counted * cells.weight
 
 
 def _close(p: dict, q: dict) -> None:

@@ -14,7 +14,8 @@ Batch is s, further covariates are c. Xu et al. (2021), Mol Syst Biol 17:e9620; 
 (2014), arXiv 1406.5298 (M1+M2); Lopez et al. (2018), Nat Methods 15:1053 (scVI).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,7 @@ class SCANVAE(nn.Module):
     def model(self, cells: Cells) -> None:
         """The generative story of a minibatch, with the counts and the known labels observed."""
         self._announce_parameters()
-        with self._plate(cells):
+        with self.plate(cells):
             u = pyro.sample("u", self.p_u())  # N | K
             y = pyro.sample(  # N | L
                 "y", self.p_y(), obs=self.one_hot_labels(cells), obs_mask=cells.labelled
@@ -247,7 +248,7 @@ class SCANVAE(nn.Module):
     def guide(self, cells: Cells) -> None:
         """The variational posterior of a minibatch; unknown labels are enumerated in parallel."""
         labelled = cells.labelled
-        with self._plate(cells):
+        with self.plate(cells):
             z = pyro.sample("z", self.q_z(cells))  # N | K
             # Without the mask, labelled cells would gain an entropy term.
             with poutine.mask(mask=~labelled):
@@ -285,8 +286,15 @@ class SCANVAE(nn.Module):
         """Known labels as one-hot, (N, L); what stands for an unknown one is not to be read."""
         return one_hot(cells.label.clamp(min=0), self.n_labels).to(self.y_prior.dtype)
 
-    def _plate(self, cells: Cells) -> pyro.plate:
-        return pyro.plate("cells", size=cells.n_obs, subsample=cells.index, dim=-1)
+    @contextmanager
+    def plate(self, cells: Cells) -> Iterator[None]:
+        """The plate of all cells, subsampled, each cell with its weight."""
+        weight = 1.0 if cells.weight is None else cells.weight
+        with (
+            pyro.plate("cells", size=cells.n_obs, subsample=cells.index, dim=-1),
+            poutine.scale(scale=weight),
+        ):
+            yield
 
     def _encoder_input(self, cells: Cells) -> tuple[Tensor, Tensor | None]:
         x = cells.x.log1p() if self.log_variational else cells.x

@@ -1,7 +1,7 @@
 """SCANVI, the estimator that users meet: AnnData in, AnnData out."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,17 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 
 from pyro_scanvi import interop, posterior, saving, training
 from pyro_scanvi.checks import InputError, check_at_least, check_known
+from pyro_scanvi.course import Course, default_max_epochs
 from pyro_scanvi.data import library_prior
-from pyro_scanvi.fields import UNS_KEY, Fields, storable_names
+from pyro_scanvi.fields import UNS_KEY, Fields, storable_names, weights_of
+from pyro_scanvi.nonfinite import NonFiniteError
+from pyro_scanvi.plan import Plan
 from pyro_scanvi.scanvae import SCANVAE
+from pyro_scanvi.trainer import TrainerOptions
 
 EVALUATION_BATCH_SIZE = 512
 FROM_DATA = (
@@ -36,7 +41,7 @@ FEW_LABELS_PLAN = {"classification_ratio": 500.0}
 
 def few_labels_epochs(n_cells: int) -> int:
     """The default number of epochs, but 150 at most: learning by heart comes with time."""
-    return min(training.default_max_epochs(n_cells), 150)
+    return min(default_max_epochs(n_cells), 150)
 
 
 class SCANVI:
@@ -226,15 +231,28 @@ class SCANVI:
     def train(
         self,
         max_epochs: int | None = None,
+        n_samples_per_label: int | None = None,
         *,
+        pretrain_epochs: int = 0,
         train_size: float = 0.9,
+        validation_size: float | None = None,
         batch_size: int = 128,
+        class_balanced: bool = False,
+        cell_weights: str | Sequence[float] | None = None,
         early_stopping: bool = False,
         early_stopping_patience: int = 45,
+        check_val_every_n_epoch: int = 1,
         plan_kwargs: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
+        logger: Logger | Sequence[Logger] | bool = False,
+        accelerator: str = "auto",
+        devices: int | str | Sequence[int] = "auto",
+        precision: str = "32-true",
+        checkpoint_dir: str | Path | None = None,
+        ckpt_path: str | Path | None = None,
         progress_bar: bool = True,
         seed: int | None = None,
+        trainer_kwargs: Mapping[str, Any] | None = None,
     ) -> "SCANVI":
         """Train, or train on.
 
@@ -245,62 +263,108 @@ class SCANVI:
         ----------
         max_epochs
             Passes over the data; None is ``min(round(20000 / n_cells * 400), 400)``.
-        train_size
-            Share of the cells to train on; the rest is scored in each epoch.
+        n_samples_per_label
+            At most so many cells of each label, drawn anew in each epoch, count in the
+            classification term; None is all. The ELBO sees every cell.
+        pretrain_epochs
+            Passes before those, without labels: encoder and decoder are trained as scVI, which is
+            a warm start. The history calls them "pretrain"; callbacks see the rest only.
+        train_size, validation_size
+            Shares of the cells to train on and to score in each epoch; None is the rest.
         batch_size
             Cells in a minibatch.
+        class_balanced
+            Draw labelled cells so that each label is seen equally often, by the ELBO too. For rare
+            types; the probabilities are then those of equally frequent types.
+        cell_weights
+            Weight of each cell in the objective, positive: numbers or a column of obs. A weight of
+            2 is as if the cell were there twice; they are scaled to a mean of 1.
         early_stopping, early_stopping_patience
             Stop when the ELBO of the held-out cells has not risen for so many epochs.
+        check_val_every_n_epoch
+            Score the held-out cells every so many epochs.
         plan_kwargs
-            Fields of :class:`~pyro_scanvi.training.Plan`.
-        callbacks
-            Lightning callbacks, beside our own.
+            Fields of :class:`~pyro_scanvi.plan.Plan`: learning rate, optimiser, KL warm-up, ...
+        callbacks, logger
+            Lightning's, beside our own.
+        accelerator, devices, precision
+            As for Lightning's Trainer: one device; "32-true", "64-true" or "bf16-mixed".
+        checkpoint_dir
+            Folder to keep ``last.ckpt`` in, the state after the last epoch that ended.
+        ckpt_path
+            Go on from such a file. Make the model and call this with the arguments that it was
+            started with: it ends as if it had never stopped, bit for bit. Only `max_epochs` may
+            differ. No pickle is executed.
         progress_bar
             Show one.
         seed
             Of shuffling, dropout and sampling; None is the model's own. The split is always that
             of the model's seed, so that training on never sees held-out cells.
+        trainer_kwargs
+            Further arguments of Lightning's Trainer, such as ``max_time``.
+
+        Raises
+        ------
+        InputError, ValueError, TypeError
+            For arguments that make no sense; nothing is computed then.
+        NonFiniteError
+            If a loss or gradient is not finite: it names the site, the genes and the cells. The
+            model keeps the last weights for which both were.
         """
-        if not 0 < train_size <= 1:
-            raise InputError(f"train_size={train_size}, expected a share in (0, 1]")
-        seed = self.seed if seed is None else seed
-        check_at_least(0, seed=seed)
-        check_at_least(1, batch_size=batch_size)
-        if max_epochs is None:
-            max_epochs = training.default_max_epochs(len(self._data))
-        check_at_least(0, max_epochs=max_epochs)
-        known = list(asdict(training.Plan()))
+        known = list(asdict(Plan()))
         check_known(plan_kwargs or {}, known, "a field of the training plan")
-        plan = training.Plan(**(plan_kwargs or {}))
-        history = training.fit(
-            self.module,
-            self._data,
-            plan,
+        plan = Plan(**(plan_kwargs or {}))
+        if max_epochs is None:
+            max_epochs = default_max_epochs(len(self._data))
+        course = Course(
             max_epochs=max_epochs,
+            pretrain_epochs=pretrain_epochs,
             train_size=train_size,
+            validation_size=validation_size,
             batch_size=batch_size,
-            seed=seed,
-            split_seed=self.seed,
-            first_epoch=self.n_epochs_trained,
+            n_samples_per_label=n_samples_per_label,
+            class_balanced=class_balanced,
             early_stopping=early_stopping_patience if early_stopping else None,
-            callbacks=callbacks,
-            progress_bar=progress_bar,
+            check_val_every_n_epoch=check_val_every_n_epoch,
+            seed=self.seed if seed is None else seed,
+            split_seed=self.seed,
         )
-        self.training_settings = asdict(plan) | {
-            "max_epochs": max_epochs,
-            "train_size": train_size,
-            "batch_size": batch_size,
-            "early_stopping": early_stopping,
-        }
-        if len(history):
-            history["epoch"] += self.n_epochs_trained
-            self.history = pd.concat([self.history, history], ignore_index=True)
+        options = TrainerOptions(
+            callbacks=list(callbacks),
+            logger=logger,
+            accelerator=accelerator,
+            devices=devices,
+            precision=precision,
+            checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
+            progress_bar=progress_bar,
+            trainer_kwargs=dict(trainer_kwargs or {}),
+        )
+        self._fit(plan, course, options, cell_weights, ckpt_path)
         return self
+
+    def _fit(
+        self,
+        plan: Plan,
+        course: Course,
+        options: TrainerOptions,
+        cell_weights: str | Sequence[float] | None,
+        ckpt_path: str | Path | None,
+    ) -> None:
+        data = replace(self._data, weight=weights_of(self.adata, cell_weights))
+        rows = self.history.to_dict("records")
+        try:
+            training.fit(self.module, data, plan, course, options, rows, ckpt_path)
+        except NonFiniteError as error:
+            error.name(self.adata.obs_names, self.fields.genes)
+            raise
+        finally:  # what was learned before an error is kept, and told
+            self.history = pd.DataFrame(rows)
+        self.training_settings = plan.record() | asdict(course)
 
     @property
     def n_epochs_trained(self) -> int:
         """Number of epochs in the history."""
-        return 0 if self.history.empty else int(self.history["epoch"].max()) + 1
+        return training.epochs_in(self.history.to_dict("records"))
 
     def predict(
         self,

@@ -10,9 +10,11 @@ import pyro_scanvi
 FOLDER = Path(pyro_scanvi.__file__).parent
 LAYERS = [
     {"checks", "data", "distributions", "networks", "metrics", "datasets", "plotting", "baselines"},
-    {"likelihoods", "objective", "files", "pickles"},
-    {"scanvae", "saving"},
-    {"training", "posterior", "interop"},
+    {"likelihoods", "objective", "files", "pickles", "nonfinite", "course"},
+    {"scanvae", "saving", "scores", "checkpoints", "callbacks"},
+    {"plan", "pretraining", "posterior", "interop"},
+    {"trainer", "training_plan"},
+    {"training"},
     {"fields"},  # reads the registry of a saved scvi-tools model too
     {"scanvi"},
     {"cli", "__init__"},
@@ -25,7 +27,9 @@ ONLY = {  # where a layer would allow more
     "scanvae": {"checks", "data", "likelihoods", "networks"},
     "saving": {"checks", "files"},
     "posterior": {"data", "likelihoods", "scanvae"},
-    "training": {"checks", "data", "metrics", "objective", "scanvae"},
+    "plan": {"checks", "objective", "scanvae"},
+    "pretraining": {"data", "objective", "scanvae"},
+    "nonfinite": {"data"},
 }
 LAZY = {("scanvae", "interop")}  # scanvae answers by scvi-tools' names through interop
 UNKNOWN_TO = {  # the edges that these are kept from

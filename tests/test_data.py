@@ -69,10 +69,13 @@ def test_hide_labels_hides_nothing_else():
 
 @pytest.mark.parametrize("covariates", [True, False])
 def test_to_moves_every_tensor(covariates):
-    cells = cell_data(covariates=covariates)[np.arange(4)].to("meta")
+    cells = cell_data(covariates=covariates)[np.arange(4)]
+    if covariates:
+        cells = replace(cells, weight=torch.ones(4), classified=torch.ones(4) > 0)
+    cells = cells.to("meta")
     tensors = [getattr(cells, f.name) for f in fields(cells) if f.name != "n_obs"]
     assert {t.device.type for t in tensors if t is not None} == {"meta"}
-    assert [t is None for t in tensors].count(True) == (0 if covariates else len(OPTIONAL))
+    assert [t is None for t in tensors].count(True) == (0 if covariates else len(OPTIONAL) + 2)
     assert cells.n_obs == 9
 
 
@@ -152,15 +155,15 @@ SIZES = {  # cells, labelled cells, batch size
 }
 
 
-def labelled_mask(n: int, n_labelled: int) -> np.ndarray:
-    return np.random.default_rng(n).permutation(n) < n_labelled
+def few_labels(n: int, n_labelled: int) -> np.ndarray:
+    return np.where(np.random.default_rng(n).permutation(n) < n_labelled, 0, UNLABELED)
 
 
 @pytest.mark.parametrize(("n", "n_labelled", "batch_size"), SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("epoch", [0, 1, 17])
 def test_laws_of_an_epoch(n, n_labelled, batch_size, epoch):
-    labelled = labelled_mask(n, n_labelled)
-    sampler = MinibatchSampler(labelled, batch_size, seed=3)
+    label = few_labels(n, n_labelled)
+    sampler = MinibatchSampler(label, batch_size, seed=3)
     sampler.set_epoch(epoch)
     minibatches = list(sampler)
     sizes = [len(positions) for positions in minibatches]
@@ -169,25 +172,25 @@ def test_laws_of_an_epoch(n, n_labelled, batch_size, epoch):
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) <= batch_size
     # A minibatch has its share of the labels, give or take less than one at either end.
-    found = np.array([labelled[positions].sum() for positions in minibatches])
+    found = np.array([(label[positions] != UNLABELED).sum() for positions in minibatches])
     assert (abs(found - np.array(sizes) * n_labelled / n) < 2).all()
 
 
 def test_no_minibatch_of_one():
     """513 cells by 128 leave one over, on which batch norm would fail."""
-    sizes = [len(p) for p in MinibatchSampler(labelled_mask(513, 40), 128, seed=0)]
+    sizes = [len(p) for p in MinibatchSampler(few_labels(513, 40), 128, seed=0)]
     assert sizes == [103, 103, 103, 102, 102]
 
 
 def test_few_labels_reach_different_minibatches():
-    labelled = labelled_mask(1000, 5)
+    label = few_labels(1000, 5)
     for seed in range(20):
-        holders = [labelled[p].sum() for p in MinibatchSampler(labelled, 100, seed)]
+        holders = [(label[p] == 0).sum() for p in MinibatchSampler(label, 100, seed)]
         assert max(holders) == 1
 
 
 def orders(seed: int, epochs=range(3)) -> list[list[int]]:
-    sampler = MinibatchSampler(labelled_mask(50, 20), 16, seed)
+    sampler = MinibatchSampler(few_labels(50, 20), 16, seed)
     found = []
     for epoch in epochs:
         sampler.set_epoch(epoch)
@@ -208,13 +211,13 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 
 def test_training_on_goes_on_in_the_order_of_epochs():
-    later = MinibatchSampler(labelled_mask(50, 20), 16, seed=0, first_epoch=2)
+    later = MinibatchSampler(few_labels(50, 20), 16, seed=0, first_epoch=2)
     assert np.concatenate(list(later)).tolist() == orders(seed=0)[2]
 
 
 def test_every_cell_comes_first_as_often_as_others():
     """Of 2,000 epochs, each of 10 cells leads 200 times, sd 13.4; the bound is 5 sd."""
-    sampler = MinibatchSampler(np.arange(10) < 5, 5, seed=0)
+    sampler = MinibatchSampler(np.arange(10) // 5 - 1, 5, seed=0)
     first = []
     for epoch in range(2000):
         sampler.set_epoch(epoch)
@@ -228,7 +231,7 @@ def test_every_cell_comes_first_as_often_as_others():
 def test_training_loader():
     data = cell_data(n=23, counts=csr_matrix)
     loader = training_loader(data, batch_size=5, seed=4)
-    sampler = MinibatchSampler(data.label != UNLABELED, 5, seed=4)
+    sampler = MinibatchSampler(data.label, 5, seed=4)
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)  # as Lightning does
         sampler.set_epoch(epoch)

@@ -14,7 +14,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pyro_scanvi import InputError, SemiSupervisedELBO
-from pyro_scanvi.training import EpochScores, Plan, TrainingPlan, default_max_epochs
+from pyro_scanvi.course import default_max_epochs
+from pyro_scanvi.plan import Plan
+from pyro_scanvi.scores import EpochScores
+from pyro_scanvi.training_plan import TrainingPlan
 from tests.examples import random_cells, simulated, small_model, small_vae
 
 
@@ -217,7 +220,7 @@ def test_kl_warmup():
 def test_kl_warmup_is_applied():
     weights = []
     callback = LambdaCallback(
-        on_train_batch_start=lambda trainer, module, *_: weights.append(module.elbo.kl_weight)
+        on_train_batch_end=lambda trainer, module, *_: weights.append(module.elbo.kl_weight)
     )
     plan = {"n_epochs_kl_warmup": 2}
     train(small_model(simulated()), 3, batch_size=200, callbacks=[callback], plan_kwargs=plan)
@@ -233,7 +236,7 @@ def test_default_number_of_epochs(n_cells, expected):
 
 
 def test_default_number_of_epochs_is_used(monkeypatch):
-    monkeypatch.setattr("pyro_scanvi.training.default_max_epochs", lambda n_cells: n_cells // 60)
+    monkeypatch.setattr("pyro_scanvi.scanvi.default_max_epochs", lambda n_cells: n_cells // 60)
     assert train(small_model(simulated()), None).n_epochs_trained == 2
 
 

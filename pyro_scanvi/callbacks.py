@@ -1,0 +1,90 @@
+"""Our own Lightning callbacks: the progress bar, and the guard of the last good weights."""
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from pyro_scanvi import nonfinite
+from pyro_scanvi.nonfinite import NonFiniteError
+
+
+class ProgressBar(Callback):
+    """One bar over the epochs, with the ELBO and the time that remains."""
+
+    def __init__(self):
+        text = TextColumn("{task.description}")
+        self.bar = Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Draw it."""
+        done = trainer.current_epoch  # a resumed run starts later
+        self.task = self.bar.add_task("epoch", total=trainer.max_epochs, completed=done)
+        self.bar.start()
+
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule
+    ) -> None:
+        """Advance it."""
+        # Lightning calls this before the module has logged its own scores of the epoch.
+        train = module.train_scores
+        shown = [f"{module.phase}  ELBO {train.sums['elbo'] / max(train.n_cells, 1):.1f}"]
+        if "elbo_validation" in trainer.callback_metrics:
+            shown.append(f"validation {trainer.callback_metrics['elbo_validation'].item():.1f}")
+        self.bar.update(self.task, advance=1, description="  ".join(shown))
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Leave it standing."""
+        self.bar.stop()
+
+    def on_exception(self, trainer, module, exception: BaseException) -> None:
+        """Give the terminal back."""
+        self.bar.stop()
+
+
+class LastGoodWeights(Callback):
+    """Keeps the last weights for which loss and gradient were finite, and puts them back.
+
+    A step is taken from finite gradients only; if the loss after it is not finite, the step is
+    undone, batch-norm statistics included.
+    """
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Keep the weights that training starts from."""
+        self.tensors = [*module.vae.parameters(), *module.vae.buffers()]
+        self.kept = [tensor.detach().clone() for tensor in self.tensors]
+
+    def on_before_optimizer_step(
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        optimizer: Optimizer,
+    ) -> None:
+        """Keep the weights that gave this gradient, if it is finite."""
+        gradients = [p.grad for p in module.vae.parameters() if p.grad is not None]
+        if not get_total_norm(gradients, norm_type=float("inf")).isfinite():
+            raise module.diagnose("gradient", nonfinite.gradients_of)
+        with torch.no_grad():
+            torch._foreach_copy_(self.kept, self.tensors)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """The last step has no loss after it; look at its weights."""
+        if not _all_finite(module.vae):
+            self._restore()
+            raise NonFiniteError("weight", module.epoch, nonfinite.Fault())
+
+    def on_exception(self, trainer, module, exception: BaseException) -> None:
+        """Put them back where the loss or the gradient was the reason."""
+        if isinstance(exception, NonFiniteError):
+            self._restore()
+
+    def _restore(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.tensors, self.kept)
+
+
+def _all_finite(module: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())

@@ -1,0 +1,122 @@
+"""Checkpoints of a training run: written whole, read without executing a pickle, resumed exactly.
+
+A checkpoint is Lightning's own (weights, optimiser, schedules, loops, callbacks) and, under
+``KEY``, what else an epoch depends on: random state, history, phase, and who may resume it.
+"""
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from pyro_scanvi.checks import InputError
+from pyro_scanvi.data import CellData
+from pyro_scanvi.files import replacing
+
+KEY = "pyro_scanvi"
+LAST = "last.ckpt"
+PREFIX = "vae."  # of the model's tensors in a checkpoint
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there, so that a kill leaves the last."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
+        """Write one; its folder is made if it is not there."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps the checkpoint of the last epoch that ended."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / LAST
+
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule
+    ) -> None:
+        """Lightning calls this after all other callbacks and the module."""
+        trainer.save_checkpoint(self.path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint of :class:`LastCheckpoint`; InputError if it is damaged or something else."""
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}; expected the {LAST} of a checkpoint_dir")
+    try:
+        _check_whole(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint[KEY]["identity"]
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    except (pickle.UnpicklingError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no checkpoint of pyro_scanvi: {error}") from error
+    return checkpoint
+
+
+def check_resumable(
+    checkpoint: Mapping[str, Any], identity: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """Refuse a checkpoint of other settings, other data or another model; says which differ."""
+    before = checkpoint[KEY]["identity"]
+    differ = [
+        f"{name} was {before.get(name)!r}, is {identity.get(name)!r}"
+        for name in sorted({*before, *identity})
+        if before.get(name) != identity.get(name)
+    ]
+    weights = checkpoint["state_dict"]
+    saved = {k.removeprefix(PREFIX): v for k, v in weights.items() if k.startswith(PREFIX)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    differ += [
+        f"weight {name} was {shapes.get(name)}, is {tuple(tensor.shape)}"
+        for name, tensor in state.items()
+        if shapes.get(name) != tuple(tensor.shape)
+    ]
+    if differ:
+        raise InputError(
+            f"the checkpoint is of another training run: {'; '.join(differ[:5])}; make the model "
+            "and call train with the arguments that it was started with"
+        )
+
+
+def digest(data: CellData) -> str:
+    """Fingerprint of the data: totals of cells and genes, batches, labels, weights."""
+    parts = [data.counts.sum(axis=1), data.counts.sum(axis=0), data.batch, data.label]
+    parts += [part for part in (data.weight, data.size_factor) if part is not None]
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(np.ascontiguousarray(part, dtype=np.float64).tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Go on with what :func:`random_state` found."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _check_whole(path: Path) -> None:
+    """torch does not look at the checksums of the archive that it writes."""
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"the checksum of {broken} is wrong")

@@ -1,0 +1,70 @@
+"""How training goes through the data: epochs, split, minibatches, who is seen how often."""
+
+from dataclasses import dataclass
+
+from pyro_scanvi.checks import InputError, check_at_least
+
+
+@dataclass(frozen=True)
+class Course:
+    """How training goes through the data.
+
+    Attributes
+    ----------
+    max_epochs
+        Passes over the data.
+    pretrain_epochs
+        Passes before them without labels; see :mod:`pyro_scanvi.pretraining`.
+    train_size, validation_size
+        Shares of the cells to train on and to score in each epoch; None is the rest.
+    batch_size
+        Cells in a minibatch.
+    n_samples_per_label
+        At most so many cells of each label, drawn anew in each epoch, count in the classification
+        term; None is all.
+    class_balanced
+        Draw labelled cells so that each label is seen equally often.
+    early_stopping
+        Stop when the held-out ELBO has not risen for so many epochs; None is never.
+    check_val_every_n_epoch
+        Score the held-out cells every so many epochs.
+    seed
+        Of shuffling, dropout and sampling.
+    split_seed
+        Of the split into cells to train on and cells to score.
+    """
+
+    max_epochs: int
+    pretrain_epochs: int = 0
+    train_size: float = 0.9
+    validation_size: float | None = None
+    batch_size: int = 128
+    n_samples_per_label: int | None = None
+    class_balanced: bool = False
+    early_stopping: int | None = None
+    check_val_every_n_epoch: int = 1
+    seed: int = 0
+    split_seed: int = 0
+
+    def __post_init__(self):
+        check_at_least(
+            0, max_epochs=self.max_epochs, pretrain_epochs=self.pretrain_epochs, seed=self.seed
+        )
+        check_at_least(
+            1, batch_size=self.batch_size, check_val_every_n_epoch=self.check_val_every_n_epoch
+        )
+        if self.n_samples_per_label is not None:
+            check_at_least(1, n_samples_per_label=self.n_samples_per_label)
+        if not 0 < self.train_size <= 1:
+            raise InputError(f"train_size={self.train_size}, expected a share in (0, 1]")
+        held_out = self.validation_size
+        if held_out is not None and not 0 <= held_out <= 1 - self.train_size + 1e-9:
+            raise InputError(
+                f"validation_size={held_out}, expected a share of at most 1 - train_size = "
+                f"{1 - self.train_size:.6g}"
+            )
+
+
+def default_max_epochs(n_cells: int) -> int:
+    """scvi-tools' heuristic: 400 epochs, fewer above 20,000 cells, at least 1."""
+    return max(1, min(round(20_000 / n_cells * 400), 400))

@@ -1,0 +1,232 @@
+"""A run that was killed and resumed ends as if it had never stopped, bit for bit."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pyro_scanvi import InputError
+from pyro_scanvi.training_plan import TrainingPlan
+from tests.examples import simulated, small_model
+
+EPOCHS = 5
+SETTINGS = {
+    "plain": {},
+    "everything": {
+        "pretrain_epochs": 2,
+        "n_samples_per_label": 5,
+        "class_balanced": True,
+        "early_stopping": True,
+        "early_stopping_patience": 2,
+        "plan_kwargs": {
+            "reduce_lr_on_plateau": True,
+            "lr_patience": 0,
+            "lr_threshold": 1e6,
+            "n_steps_kl_warmup": 9,
+            "optimizer": "AdamW",
+        },
+    },
+    "seldom scored": {"class_balanced": True, "check_val_every_n_epoch": 2},
+}
+KILLED = """
+import os, signal, sys
+import torch
+from pyro_scanvi.training_plan import TrainingPlan
+from tests.test_resuming import SETTINGS, run
+torch.set_num_threads(1)
+
+def kill(module, cells, outputs, i):
+    if module.epoch == int(sys.argv[3]) and i == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+TrainingPlan.on_train_batch_end = kill
+run(SETTINGS[sys.argv[1]], sys.argv[2])
+"""
+
+
+class Stop(Exception):
+    """In place of a kill, where a new process would take too long."""
+
+
+def run(settings, folder=None, epochs=EPOCHS, **more):
+    arguments = {"batch_size": 32, "progress_bar": False, "checkpoint_dir": folder} | settings
+    model = small_model(simulated(), seed=2, dropout_rate=0.3)
+    return model.train(epochs, **(arguments | more))
+
+
+@pytest.fixture
+def stopped(monkeypatch, tmp_path):
+    """The checkpoint of a run that stops in the second minibatch of an epoch."""
+
+    def checkpoint(settings, epoch):
+        def stop(module, outputs, cells, i):
+            if module.epoch == epoch and i == 1:
+                raise Stop
+
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(TrainingPlan, "on_train_batch_end", stop)
+            run(settings, tmp_path)
+        return tmp_path / "last.ckpt"
+
+    return checkpoint
+
+
+def assert_equal(model, other):
+    for name, tensor in model.module.state_dict().items():
+        assert torch.equal(tensor, other.module.state_dict()[name]), name
+    pd.testing.assert_frame_equal(model.history, other.history, check_exact=True)
+    assert (model.predict(soft=True) == other.predict(soft=True)).all(axis=None)
+
+
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_killed_and_resumed(tmp_path, name):
+    """SIGKILL in the middle of an epoch, in another process."""
+    epoch = 3 + SETTINGS[name].get("pretrain_epochs", 0)
+    arguments = [sys.executable, "-c", KILLED, name, str(tmp_path), str(epoch)]
+    done = subprocess.run(arguments, timeout=120, capture_output=True)
+    assert done.returncode == -9, done.stderr.decode()
+    resumed = run(SETTINGS[name], tmp_path, ckpt_path=tmp_path / "last.ckpt")
+    whole = run(SETTINGS[name])
+    assert resumed.n_epochs_trained > epoch
+    assert_equal(resumed, whole)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("epoch", [1, 2, 4])
+def test_stopped_and_resumed(stopped, name, epoch):
+    """In either phase, before and after a validation, and in the epoch before the last."""
+    settings = SETTINGS[name] | {"early_stopping": False}
+    path = stopped(settings, epoch)
+    if not (name == "everything" and epoch == 2):  # then it is the last of the first phase
+        assert torch.load(path)["pyro_scanvi"]["history"][-1]["epoch"] == epoch - 1
+    assert_equal(run(settings, ckpt_path=path), run(settings))
+
+
+def test_a_second_training_is_resumed(stopped, tmp_path):
+    """Epochs of the first call are in the checkpoint; a fresh model goes on from it."""
+
+    def twice(**more):
+        model = small_model(simulated(), seed=2)
+        model.train(2, batch_size=32, progress_bar=False)
+        return model.train(3, batch_size=32, progress_bar=False, **more)
+
+    whole = twice(checkpoint_dir=tmp_path)
+    arguments = {"batch_size": 32, "progress_bar": False, "ckpt_path": tmp_path / "last.ckpt"}
+    resumed = small_model(simulated(), seed=2).train(3, **arguments)
+    assert resumed.n_epochs_trained == 5
+    assert_equal(resumed, whole)
+
+
+def test_a_finished_run_goes_on(tmp_path):
+    """More epochs than before: as if they had been asked for at once."""
+    run({}, tmp_path, epochs=2)
+    assert_equal(run({}, epochs=4, ckpt_path=tmp_path / "last.ckpt"), run({}, epochs=4))
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    whole = run({}, tmp_path)
+    assert_equal(run({}, ckpt_path=tmp_path / "last.ckpt"), whole)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """That of a short run; tests only read it."""
+    folder = tmp_path_factory.mktemp("run")
+    run({}, folder, epochs=1)
+    return folder / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"batch_size": 33}, "batch_size was 32, is 33"),
+        ({"plan_kwargs": {"lr": 0.1}}, "lr was 0.001, is 0.1"),
+        ({"precision": "64-true"}, "precision was"),
+        ({"cell_weights": np.arange(1.0, 121)}, "data was"),
+        ({"seed": 4}, "seed was 2, is 4"),
+    ],
+)
+def test_another_run_is_refused(checkpoint, change, named):
+    """Nothing is trained, nothing is lost."""
+    model = small_model(simulated(), seed=2, dropout_rate=0.3)
+    before = {k: v.clone() for k, v in model.module.state_dict().items()}
+    arguments = {"batch_size": 32, "progress_bar": False, "ckpt_path": checkpoint} | change
+    with pytest.raises(InputError, match=named):
+        model.train(2, **arguments)
+    assert all(before[k].equal(v) for k, v in model.module.state_dict().items())
+    assert model.history.empty
+
+
+def test_another_model_and_other_cells_are_refused(checkpoint):
+    arguments = {"batch_size": 32, "progress_bar": False, "ckpt_path": checkpoint}
+    with pytest.raises(InputError, match=r"weight \S+ was .*, is .*"):
+        small_model(simulated(), seed=2, n_latent=5).train(2, **arguments)
+    with pytest.raises(InputError, match="data was"):
+        small_model(simulated(seed=1), seed=2).train(2, **arguments)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_flipped_bits_are_found(checkpoint, tmp_path, seed):
+    """Or lie where the archive holds nothing: then the result is the same."""
+    data = bytearray(checkpoint.read_bytes())
+    rng = np.random.default_rng(seed)
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    (tmp_path / "last.ckpt").write_bytes(data)
+    try:
+        resumed = run({}, epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    except InputError as error:
+        assert "damaged" in str(error) or "no checkpoint" in str(error)
+    else:
+        assert_equal(resumed, run({}, epochs=2))
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_truncated_checkpoints_are_found(checkpoint, tmp_path, share):
+    data = checkpoint.read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(InputError, match="damaged"):
+        run({}, ckpt_path=tmp_path / "last.ckpt")
+
+
+class Evil:
+    """Leaves a trace where it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was executed",)
+
+
+@pytest.mark.parametrize("dump", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
+def test_no_pickle_is_executed(tmp_path, dump):
+    dump({"pyro_scanvi": Evil()}, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match="no checkpoint of pyro_scanvi|damaged"):
+        run({}, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_other_checkpoints_and_none(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match="no checkpoint of pyro_scanvi"):
+        run({}, ckpt_path=tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        run({}, ckpt_path=tmp_path / "none.ckpt")
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    """As when the disk is full in the middle of a file."""
+    save, left = torch.save, [2]
+
+    def fill_the_disk(checkpoint, path):
+        save(checkpoint, path)
+        left[0] -= 1
+        if not left[0]:
+            raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match="no space left"):
+        run({}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    monkeypatch.undo()
+    assert_equal(run({}, ckpt_path=tmp_path / "last.ckpt"), run({}))
