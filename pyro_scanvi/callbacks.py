@@ -66,7 +66,7 @@ class LastGoodWeights(Callback):
         """Keep the weights that gave this gradient, if it is finite."""
         gradients = [p.grad for p in module.vae.parameters() if p.grad is not None]
         if not get_total_norm(gradients, norm_type=float("inf")).isfinite():
-            raise module.diagnose("gradient", nonfinite.gradients_of)
+            raise module.diagnose("gradient")
         with torch.no_grad():
             torch._foreach_copy_(self.kept, self.tensors)
 

@@ -13,7 +13,7 @@ UNLABELED = -1
 SMALLEST_LIBRARY_VARIANCE = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning converts the tensors of a minibatch to its precision
 class Cells:
     """A minibatch of cells: what model, guide and objective see of the data.
 

@@ -12,7 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_scanvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from pyro_scanvi.networks import CountDecoder
+from pyro_scanvi.networks import CountDecoder, Head
 
 
 class CountParameters:
@@ -137,7 +137,7 @@ class GeneCellDispersion(nn.Module):
 
     def __init__(self, n_hidden: int, n_genes: int):
         super().__init__()
-        self.head = nn.Linear(n_hidden, n_genes)
+        self.head = Head(n_hidden, n_genes)
 
     def forward(self, hidden: Tensor, y: Tensor, batch: Tensor) -> Tensor:
         """Log theta decoded from the hidden units, (..., N, G)."""

@@ -29,6 +29,14 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(rows).reshape(x.shape)
 
 
+class Head(nn.Linear):
+    """A linear layer to parameters of a distribution, in full precision under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N, in_features) to (..., N, out_features)."""
+        return super().forward(x).to(self.weight.dtype)
+
+
 class HiddenLayers(nn.Module):
     """Blocks of Linear, BatchNorm, LayerNorm, activation and Dropout.
 
@@ -124,8 +132,8 @@ class NormalNetwork(nn.Module):
     ):
         super().__init__()
         self.hidden = hidden
-        self.mean = nn.Linear(hidden.n_out, n_out)
-        self.variance = nn.Linear(hidden.n_out, n_out)
+        self.mean = Head(hidden.n_out, n_out)
+        self.variance = Head(hidden.n_out, n_out)
         self.var_activation = var_activation
         self.var_eps = var_eps
 
@@ -160,9 +168,9 @@ class CountDecoder(nn.Module):
     ):
         super().__init__()
         self.hidden = hidden
-        self.expression = nn.Sequential(nn.Linear(hidden.n_out, n_genes), expression_activation)
+        self.expression = nn.Sequential(Head(hidden.n_out, n_genes), expression_activation)
         if gate:
-            self.gate = nn.Linear(hidden.n_out, n_genes)
+            self.gate = Head(hidden.n_out, n_genes)
 
     def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
         """(..., N, n_latent) to the hidden units that `expression` and `gate` read."""
@@ -175,7 +183,7 @@ class Classifier(nn.Module):
     def __init__(self, hidden: HiddenLayers, n_labels: int):
         super().__init__()
         self.hidden = hidden
-        self.logits = nn.Linear(hidden.n_out, n_labels)
+        self.logits = Head(hidden.n_out, n_labels)
 
     def forward(self, z: Tensor) -> Tensor:
         """(..., N, n_latent) to (..., N, n_labels)."""

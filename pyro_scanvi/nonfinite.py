@@ -1,12 +1,13 @@
 """What to say when a loss or a gradient is not finite: where, in which cells and genes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
@@ -86,45 +87,19 @@ class NonFiniteError(ArithmeticError):
         )
 
 
-def first_fault(
-    model: Callable, guide: Callable, cells: Cells, ask: Callable[[dict], Iterator[Fault]]
-) -> Fault:
-    """The first site of guide and model at which `ask` finds a fault; an empty one if none."""
-    with pyro.validation_enabled(False), torch.enable_grad():
-        guide_trace = poutine.trace(guide).get_trace(cells)
-        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(cells)
-    for trace in (guide_trace, model_trace):
-        for site in trace.nodes.values():
-            if site["type"] != "sample" or site["name"] == "cells":
-                continue
-            fault = next(ask(site), None)
-            if fault is not None:
-                return fault
-    return Fault()
+def first_fault(model: Callable, guide: Callable, cells: Cells) -> Fault:
+    """The first site of guide and model where something is not finite; an empty one if none.
 
-
-def values_of(site: dict) -> Iterator[Fault]:
-    """Parameters, then log probabilities, that are not finite at a site."""
-    fn = _elementwise(site["fn"])
-    for name, parameter in _parameters(fn).items():
-        yield from _fault(site["name"], name, parameter.detach())
-    log_prob = fn.log_prob(site["value"])
-    yield from _fault(site["name"], "log probability", log_prob.detach())
-
-
-def gradients_of(site: dict) -> Iterator[Fault]:
-    """Gradients of the log probability by the distribution's parameters that are not finite."""
-    fn = _elementwise(site["fn"])
-    parameters = {k: v for k, v in _parameters(fn).items() if v.requires_grad}
-    if not parameters:
-        return
-    total = fn.log_prob(site["value"]).sum()
-    found = torch.autograd.grad(
-        total, list(parameters.values()), retain_graph=True, allow_unused=True
-    )
-    for name, gradient in zip(parameters, found, strict=True):
-        if gradient is not None:
-            yield from _fault(site["name"], f"gradient of the log probability by {name}", gradient)
+    In turn the distribution's parameters, the log probability, and its gradients by the parameters.
+    """
+    finder = _Finder()
+    try:
+        with pyro.validation_enabled(False), torch.enable_grad(), finder:
+            guide_trace = poutine.trace(guide).get_trace(cells)
+            poutine.replay(model, guide_trace)(cells)
+    except _Found:
+        pass
+    return finder.fault
 
 
 def bad_gradients(module: nn.Module) -> list[str]:
@@ -133,14 +108,48 @@ def bad_gradients(module: nn.Module) -> list[str]:
     return [name for name, gradient in named if not gradient.isfinite().all()]
 
 
-def _fault(site: str, what: str, values: Tensor) -> Iterator[Fault]:
-    bad = ~values.isfinite()
-    if not bad.any():
-        return
-    bad = bad.reshape(-1, *values.shape[-2:]) if values.dim() > 1 else bad.reshape(1, 1, -1)
-    one_row = bad.shape[1] == 1
-    cells = np.empty(0, dtype=int) if one_row else np.flatnonzero(bad.any(0).any(1).cpu())
-    yield Fault(site, what, cells, np.flatnonzero(bad.any(0).any(0).cpu()))
+class _Found(Exception):
+    """There is no need to look further."""
+
+
+class _Finder(Messenger):
+    """Looks at each site as it is sampled; before, because few distributions sample from NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.fault = Fault()
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if isinstance(msg["fn"], Distribution):
+            for name, parameter in _parameters(_elementwise(msg["fn"])).items():
+                self._look(msg["name"], name, parameter)
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        if not isinstance(msg["fn"], Distribution):  # a plate
+            return
+        fn = _elementwise(msg["fn"])
+        log_prob = fn.log_prob(msg["value"])
+        self._look(msg["name"], "log probability", log_prob)
+        parameters = {k: v for k, v in _parameters(fn).items() if v.requires_grad}
+        if not (parameters and log_prob.requires_grad):
+            return
+        gradients = torch.autograd.grad(
+            log_prob.sum(), list(parameters.values()), retain_graph=True, allow_unused=True
+        )
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                self._look(msg["name"], f"gradient of the log probability by {name}", gradient)
+
+    def _look(self, site: str, what: str, values: Tensor) -> None:
+        bad = ~values.detach().isfinite()
+        if not bad.any():
+            return
+        bad = bad.reshape(-1, *bad.shape[-2:]) if bad.dim() > 1 else bad.reshape(1, 1, -1)
+        cells, columns = bad.any(0).any(1), bad.any(0).any(0)
+        shared = len(cells) == 1  # by all cells
+        cells = np.empty(0, dtype=int) if shared else np.flatnonzero(cells.cpu())
+        self.fault = Fault(site, what, cells, np.flatnonzero(columns.cpu()))
+        raise _Found
 
 
 def _elementwise(distribution: Distribution) -> Distribution:

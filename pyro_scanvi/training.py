@@ -115,7 +115,7 @@ class _Run:
                     weights_only=True,
                 )
         except NonFiniteError as error:
-            error.fault.cells = self.positions[error.held_out][error.fault.cells]
+            error.fault.cells = np.sort(self.positions[error.held_out][error.fault.cells])
             raise
         return not trainer.should_stop
 

@@ -133,24 +133,33 @@ class TrainingPlan(lightning.LightningModule):
         self.resumed = dict(checkpoint[checkpoints.KEY])
         self.rows[:] = self.resumed["history"]
 
-    def diagnose(self, quantity: str, ask: Callable) -> NonFiniteError:
+    def diagnose(self, quantity: str) -> NonFiniteError:
         """What is not finite for the last minibatch; see :mod:`pyro_scanvi.nonfinite`."""
         checkpoints.set_random_state(self.last_random_state)
         bound = self.bound
-        fault = first_fault(bound.model, bound.guide, self.last_cells, ask)
+        fault = first_fault(bound.model, bound.guide, self.last_cells)
         fault.cells = self.last_cells.index.cpu().numpy()[fault.cells]
         parameters = nonfinite.bad_gradients(self.vae)
         return NonFiniteError(quantity, self.epoch, fault, parameters, self.trainer.validating)
 
     def _parts(self, cells: Cells) -> ObjectiveParts:
         self.last_cells, self.last_random_state = cells, checkpoints.random_state()
-        # The first step of an epoch checks shapes; the others save the time.
+        # The first step of an epoch checks shapes and values; the others save the time.
         checking = self.train_scores.n_cells == 0
-        with pyro.validation_enabled(checking):
-            parts = self.bound.parts(cells)
+        try:
+            with pyro.validation_enabled(checking):
+                parts = self.bound.parts(cells)
+        except ValueError:  # Pyro's own check, which cannot say where
+            self._refuse_non_finite()
+            raise
         if not parts.loss.isfinite():
-            raise self.diagnose("loss", nonfinite.values_of)
+            raise self.diagnose("loss")
         return parts
+
+    def _refuse_non_finite(self) -> None:
+        error = self.diagnose("loss")
+        if error.fault.site:
+            raise error
 
     def _close_epoch(self, name: str, scores: EpochScores) -> None:
         if not scores.n_cells:  # interrupted before the first minibatch

@@ -1,0 +1,140 @@
+"""Lightning around the training: callbacks, loggers, precision, devices; ours are never lost."""
+
+import csv
+import datetime
+
+import lightning.pytorch.callbacks as lightning_callbacks
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from pyro_scanvi import InputError
+from tests.examples import simulated, small_model
+
+QUIET = {"batch_size": 32, "progress_bar": False}
+CALLBACKS = {
+    "checkpoint": lambda folder: lightning_callbacks.ModelCheckpoint(folder, "best", "elbo_train"),
+    "stopping": lambda _: lightning_callbacks.EarlyStopping("cross_entropy_validation"),
+    "summary": lambda _: lightning_callbacks.ModelSummary(),
+    "progress": lambda _: lightning_callbacks.TQDMProgressBar(),
+    "rich progress": lambda _: lightning_callbacks.RichProgressBar(),
+    "timer": lambda _: lightning_callbacks.Timer(),
+    "averaging": lambda _: lightning_callbacks.StochasticWeightAveraging(1e-3, 1),
+    "accumulation": lambda _: lightning_callbacks.GradientAccumulationScheduler({0: 2}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(ReduceLR|lr_scheduler|Swapping|swa|SWA).*")
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_lightnings_callbacks_join_ours(name, tmp_path, capsys):
+    """History, checkpoint, guard and early stopping stay. (Averaging adds an epoch of its own.)"""
+    callback = CALLBACKS[name](tmp_path / "theirs")
+    model = small_model(simulated())
+    arguments = {"callbacks": [callback], "checkpoint_dir": tmp_path, "early_stopping": True}
+    model.train(3, **QUIET, **arguments)
+    assert model.history["epoch"].tolist()[:6] == [0, 0, 1, 1, 2, 2]
+    assert (tmp_path / "last.ckpt").is_file()
+    assert (tmp_path / "theirs" / "best.ckpt").is_file() == (name == "checkpoint")
+    assert not model.module.training
+
+
+def test_a_logger_gets_every_score(tmp_path):
+    model = small_model(simulated()).train(2, **QUIET, logger=CSVLogger(tmp_path, name="log"))
+    with open(tmp_path / "log" / "version_0" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    logged = [float(row["elbo_validation"]) for row in rows if row["elbo_validation"]]
+    expected = model.history.query("split == 'validation'")["elbo"]
+    np.testing.assert_allclose(logged, expected, rtol=1e-5)
+    assert {"elbo_train", "kl_u_train", "macro_f1_validation"} <= set(rows[0])
+
+
+def test_nothing_is_written_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_model(simulated()).train(1, **QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_double_precision():
+    """Trained in float64, back in float32, like the run in float32 but for rounding."""
+    models = [
+        small_model(simulated(), dropout_rate=0.0).train(1, **QUIET, precision=precision)
+        for precision in ("32-true", "64-true")
+    ]
+    dtypes = {p.dtype for p in models[1].module.parameters()}
+    assert dtypes == {torch.float32} and models[1].module.y_prior.dtype == torch.float32
+    assert len(models[1].predict()) == 120
+    assert not models[0].history.equals(models[1].history)
+
+
+def test_half_precision_keeps_the_likelihood_whole():
+    """bfloat16 has 3 digits; counts and their log probabilities need more. ELBO within 1 %."""
+    exact, half = (
+        small_model(simulated()).train(5, **QUIET, precision=precision).history
+        for precision in ("32-true", "bf16-mixed")
+    )
+    assert not exact.equals(half)
+    np.testing.assert_allclose(half["elbo"], exact["elbo"], rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"precision": "16-mixed"}, "precision='16-mixed', expected one of 32-true, 64-true"),
+        ({"devices": 2}, "devices=2, expected 'auto', 1"),
+        ({"devices": [0, 1]}, r"devices=\[0, 1\]"),
+    ],
+)
+def test_refused(arguments, message):
+    model = small_model(simulated())
+    with pytest.raises(InputError, match=message):
+        model.train(1, **QUIET, **arguments)
+    assert model.history.empty
+
+
+def test_further_arguments_of_the_trainer():
+    model = small_model(simulated())
+    model.train(50, **QUIET, trainer_kwargs={"max_steps": 7})
+    assert model.n_epochs_trained == 2
+    limit = {"max_time": datetime.timedelta(seconds=0)}
+    assert small_model(simulated()).train(50, **QUIET, trainer_kwargs=limit).n_epochs_trained < 3
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("max_stepz", "did you mean 'max_steps'"),
+        ("callbacks", "'callbacks' is not a free argument"),
+    ],
+)
+def test_unknown_arguments_of_the_trainer(name, message):
+    with pytest.raises(TypeError, match=message):
+        small_model(simulated()).train(1, **QUIET, trainer_kwargs={name: 1})
+
+
+@pytest.mark.parametrize("sizes", [(0.5, 0.2), (0.8, 0.0)])
+def test_sizes_of_the_split(sizes):
+    """What neither share takes is left out; no cell is in both."""
+    train, validation = sizes
+    seen = {"train": set(), "validation": set()}
+    note = lightning_callbacks.LambdaCallback(
+        on_train_batch_end=lambda *a: seen["train"].update(map(tuple, a[3].x.tolist())),
+        on_validation_batch_end=lambda *a: seen["validation"].update(map(tuple, a[3].x.tolist())),
+    )
+    arguments = {"train_size": train, "validation_size": validation, "callbacks": [note]}
+    small_model(simulated()).train(1, **QUIET, **arguments)
+    assert abs(len(seen["train"]) - 120 * train) <= 4
+    assert abs(len(seen["validation"]) - 120 * validation) <= 4
+    assert not seen["train"] & seen["validation"]
+
+
+@pytest.mark.parametrize("size", [-0.1, 0.2, float("nan")])
+def test_bad_validation_sizes(size):
+    with pytest.raises(InputError, match="validation_size"):
+        small_model(simulated()).train(1, train_size=0.9, validation_size=size)
+
+
+def test_scoring_less_often():
+    model = small_model(simulated()).train(5, **QUIET, check_val_every_n_epoch=2)
+    assert model.history.query("split == 'validation'")["epoch"].tolist() == [1, 3]
+    assert model.history.query("split == 'train'")["epoch"].tolist() == [0, 1, 2, 3, 4]
