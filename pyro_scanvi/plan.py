@@ -1,7 +1,7 @@
 """How the objective is minimised: its weights, their schedule, the optimiser and its schedule."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pyro_scanvi.checks import InputError, look_up
+from pyro_scanvi.checks import InputError, check_known, look_up
 from pyro_scanvi.objective import SemiSupervisedELBO
 from pyro_scanvi.scanvae import SCANVAE
 
@@ -65,6 +65,12 @@ class Plan:
     lr_threshold: float = 0.0
     lr_scheduler_metric: str = "elbo_validation"
     lr_min: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Plan":
+        """A plan with these settings; TypeError for an unknown one, naming the nearest."""
+        check_known(settings, [f.name for f in fields(cls)], "a field of the training plan")
+        return cls(**settings)
 
     def __post_init__(self):
         for field in fields(self):

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from pyro_scanvi import interop, posterior, saving, training
-from pyro_scanvi.checks import InputError, check_at_least, check_known
+from pyro_scanvi.checks import InputError, check_at_least
 from pyro_scanvi.course import Course, default_max_epochs
 from pyro_scanvi.data import library_prior
 from pyro_scanvi.fields import UNS_KEY, Fields, storable_names, weights_of
@@ -311,13 +311,9 @@ class SCANVI:
             If a loss or gradient is not finite: it names the site, the genes and the cells. The
             model keeps the last weights for which both were.
         """
-        known = list(asdict(Plan()))
-        check_known(plan_kwargs or {}, known, "a field of the training plan")
-        plan = Plan(**(plan_kwargs or {}))
-        if max_epochs is None:
-            max_epochs = default_max_epochs(len(self._data))
+        default_epochs = default_max_epochs(len(self._data))
         course = Course(
-            max_epochs=max_epochs,
+            max_epochs=default_epochs if max_epochs is None else max_epochs,
             pretrain_epochs=pretrain_epochs,
             train_size=train_size,
             validation_size=validation_size,
@@ -330,16 +326,16 @@ class SCANVI:
             split_seed=self.seed,
         )
         options = TrainerOptions(
-            callbacks=list(callbacks),
+            callbacks=callbacks,
             logger=logger,
             accelerator=accelerator,
             devices=devices,
             precision=precision,
-            checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir),
+            checkpoint_dir=checkpoint_dir,
             progress_bar=progress_bar,
-            trainer_kwargs=dict(trainer_kwargs or {}),
+            trainer_kwargs=trainer_kwargs or {},
         )
-        self._fit(plan, course, options, cell_weights, ckpt_path)
+        self._fit(Plan.of(plan_kwargs or {}), course, options, cell_weights, ckpt_path)
         return self
 
     def _fit(

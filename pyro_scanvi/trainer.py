@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelSummary
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.loggers import Logger
 
@@ -45,6 +45,7 @@ OURS = (  # arguments of Lightning's Trainer that train spells out or decides
     "precision",
     "strategy",
     "num_nodes",
+    "plugins",
 )
 
 
@@ -71,7 +72,7 @@ class TrainerOptions:
     accelerator: str = "auto"
     devices: int | str | Sequence[int] = "auto"
     precision: str = "32-true"
-    checkpoint_dir: Path | None = None
+    checkpoint_dir: str | Path | None = None
     progress_bar: bool = True
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,13 +91,11 @@ class TrainerOptions:
         known = set(inspect.signature(lightning.Trainer.__init__).parameters) - {"self", *OURS}
         check_known(self.trainer_kwargs, sorted(known), "a free argument of Lightning's Trainer")
 
-    def trainer(self, max_epochs: int, course: Course, plan: Plan, with_users: bool = True):
-        """A Lightning Trainer that writes nothing by itself.
-
-        `with_users` adds the user's callbacks to ours.
-        """
-        callbacks = [LastGoodWeights(), *self._ours(course if with_users else None)]
-        callbacks += self.callbacks if with_users else []
+    def trainer(
+        self, max_epochs: int, course: Course, plan: Plan, callbacks: Sequence[Callback]
+    ) -> lightning.Trainer:
+        """A Lightning Trainer that writes nothing by itself; `callbacks` come beside ours."""
+        callbacks = [LastGoodWeights(), *self._ours(), *callbacks]
         kinds = {  # Lightning refuses such callbacks where it is told to have none
             "enable_checkpointing": Checkpoint,
             "enable_progress_bar": LightningProgressBar,
@@ -119,13 +118,10 @@ class TrainerOptions:
             plugins=WholeFiles(),
         )
 
-    def _ours(self, course: Course | None) -> list[Callback]:
+    def _ours(self) -> list[Callback]:
         ours: list[Callback] = [ProgressBar()] if self.progress_bar else []
         if self.checkpoint_dir is not None:
             ours.append(LastCheckpoint(Path(self.checkpoint_dir)))
-        if course is not None and course.early_stopping is not None:
-            patience = course.early_stopping
-            ours.append(EarlyStopping("elbo_validation", mode="max", patience=patience))
         return ours
 
 

@@ -1,5 +1,6 @@
 """Training a model: unsupervised warm start, then the objective; fresh, further, or resumed."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch.utils.data import DataLoader
 
 from pyro_scanvi import checkpoints
@@ -55,14 +57,25 @@ def fit(
         stack.enter_context(quiet_lightning())
         stack.callback(vae.eval)
         stack.callback(vae.to, vae.y_prior.dtype)  # Lightning leaves it in its own precision
-        for phase in ("pretrain", "train"):
-            if not run.phase(phase, ckpt_path, checkpoint):
+        for phase in (run.pretraining(), run.training()):
+            if phase.max_epochs and not run.go(phase, ckpt_path, checkpoint):
                 break
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of epochs with an objective and a plan of its own, and callbacks beside ours."""
+
+    name: str
+    max_epochs: int
+    bound: BoundModule
+    plan: Plan
+    callbacks: Sequence[Callback] = ()
 
 
 @dataclass
 class _Run:
-    """What the two phases of a run share."""
+    """What the phases of a run share."""
 
     vae: SCANVAE
     data: CellData
@@ -89,54 +102,57 @@ class _Run:
         identity = fixed | {"precision": options.precision, "data": checkpoints.digest(data)}
         return cls(vae, data, plan, course, options, history, positions, identity)
 
-    def phase(self, name: str, ckpt_path: Path | None, checkpoint: dict[str, Any] | None) -> bool:
+    def pretraining(self) -> Phase:
+        """The warm start, without the user's callbacks: its scores have other names."""
+        story = Unsupervised(self.vae)
+        bound = story.objective()(story.model, story.guide)
+        plan = replace(self.plan, reduce_lr_on_plateau=False)
+        return Phase("pretrain", self.course.pretrain_epochs, bound, plan)
+
+    def training(self) -> Phase:
+        """The objective itself."""
+        callbacks = list(self.options.callbacks)
+        if self.course.early_stopping is not None:
+            patience = self.course.early_stopping
+            callbacks.append(EarlyStopping("elbo_validation", mode="max", patience=patience))
+        bound = self.plan.objective(self.vae)(self.vae.model, self.vae.guide)
+        return Phase("train", self.course.max_epochs, bound, self.plan, callbacks)
+
+    def go(self, phase: Phase, ckpt_path: Path | None, checkpoint: dict[str, Any] | None) -> bool:
         """Run a phase, unless a checkpoint lies behind it; whether the next may follow."""
-        ours = checkpoint[checkpoints.KEY] if checkpoint else {"phase": name}
-        course = self.course
-        max_epochs = {"pretrain": course.pretrain_epochs, "train": course.max_epochs}[name]
-        resumed = checkpoint is not None and ours["phase"] == name
-        skipped = ours["phase"] == "train" != name
-        if skipped or not max_epochs:
+        ours = checkpoint[checkpoints.KEY] if checkpoint else {"phase": ""}
+        if ours["phase"] == "train" and phase.name == "pretrain":
             return True
+        resumed = ours["phase"] == phase.name
         first_epoch = ours["first_epoch"] if resumed else epochs_in(self.history)
-        module = self._module(name, first_epoch)
-        trainer = self.options.trainer(max_epochs, course, self.plan, name == "train")
-        torch.manual_seed(course.seed + first_epoch)
-        module.train()  # Lightning keeps the mode that it finds
         loaders = self._loaders(first_epoch)
         if resumed:  # Lightning tells the sampler from the second epoch on
             loaders[0].sampler.set_epoch(checkpoint["epoch"] + 1)
+        trainer = self.options.trainer(phase.max_epochs, self.course, phase.plan, phase.callbacks)
+        module = self._module(phase, first_epoch)
+        module.train()  # Lightning keeps the mode that it finds
+        torch.manual_seed(self.course.seed + first_epoch)
         try:
             with stop_on_interrupt(trainer):
-                trainer.fit(
-                    module,
-                    *loaders,
-                    ckpt_path=ckpt_path if resumed else None,
-                    weights_only=True,
-                )
+                resume = {"ckpt_path": ckpt_path if resumed else None, "weights_only": True}
+                trainer.fit(module, *loaders, **resume)
         except NonFiniteError as error:
             error.fault.cells = np.sort(self.positions[error.held_out][error.fault.cells])
             raise
         return not trainer.should_stop
 
-    def _module(self, phase: str, first_epoch: int) -> TrainingPlan:
-        fixed_rate = replace(self.plan, reduce_lr_on_plateau=False)
+    def _module(self, phase: Phase, first_epoch: int) -> TrainingPlan:
+        subsampled = self.course.n_samples_per_label is not None
         return TrainingPlan(
             self.vae,
-            self.plan if phase == "train" else fixed_rate,
-            self._bound(phase),
-            phase,
+            phase.plan,
+            phase.bound,
+            phase.name,
             first_epoch,
             self.history,
             self.identity,
-            self._classified if self.course.n_samples_per_label else None,
+            self._classified if subsampled else None,
         )
-
-    def _bound(self, phase: str) -> BoundModule:
-        if phase == "train":
-            return self.plan.objective(self.vae)(self.vae.model, self.vae.guide)
-        story = Unsupervised(self.vae)
-        return story.objective()(story.model, story.guide)
 
     def _loaders(self, first_epoch: int) -> list[DataLoader]:
         course, (train, validation) = self.course, self.positions
