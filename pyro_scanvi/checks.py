@@ -2,8 +2,9 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def look_up(table: Mapping[str, Any], choice: str | Callable, argument: str) -> 
     if not isinstance(choice, str | bool | None):
         return choice
     if choice not in table:
-        raise ValueError(f"{argument}={choice!r}, expected one of {', '.join(map(repr, table))}")
+        raise InputError(f"{argument}={choice!r}, expected one of {', '.join(map(repr, table))}")
     return table[choice]
 
 
@@ -34,7 +35,33 @@ def check_at_least(minimum: int, **sizes: int) -> None:
     """Refuse sizes that are no integers or too small."""
     for name, size in sizes.items():
         if not isinstance(size, Integral) or isinstance(size, bool) or size < minimum:
-            raise ValueError(f"{name}={size!r}, expected an integer of at least {minimum}")
+            raise InputError(f"{name}={size!r}, expected an integer of at least {minimum}")
+
+
+def check_positive(**numbers: float) -> None:
+    """Refuse what is no finite number above 0."""
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or isinstance(number, bool) or not 0 < number < math.inf:
+            raise InputError(f"{name}={number!r}, expected a finite number above 0")
+
+
+def positions_of(names: Iterable, known: Iterable, argument: str) -> list[int]:
+    """Where each name stands among the known ones, read as strings; unknown names are refused."""
+    position = {str(name): i for i, name in enumerate(known)}
+    names = [str(name) for name in names]
+    if not names:
+        raise InputError(f"{argument} is empty; leave it out, or name at least one")
+    unknown = [name for name in names if name not in position]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], position, n=1, cutoff=0.4)
+        shown = ", ".join(list(position)[:5]) + (", ..." if len(position) > 5 else "")
+        hint = f"did you mean {near[0]!r}?" if near else f"the model knows {shown}"
+        raise InputError(
+            f"{argument}: the model does not know {unknown[0]!r}"
+            + (f" and {len(unknown) - 1} more" if unknown[1:] else "")
+            + f"; {hint}"
+        )
+    return [position[name] for name in names]
 
 
 def check_rate(**rates: float) -> None:

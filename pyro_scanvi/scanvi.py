@@ -1,6 +1,6 @@
 """SCANVI, the estimator that users meet: AnnData in, AnnData out."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +13,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from pyro_scanvi import interop, posterior, saving, training
-from pyro_scanvi.checks import InputError, check_at_least
+from pyro_scanvi import correlation, elbo, expression, interop, posterior, saving, training
+from pyro_scanvi.checks import InputError, check_at_least, check_positive, look_up, positions_of
 from pyro_scanvi.course import Course, default_max_epochs
 from pyro_scanvi.data import library_prior
 from pyro_scanvi.fields import UNS_KEY, Fields, storable_names, weights_of
+from pyro_scanvi.likelihoods import CountParameters
 from pyro_scanvi.nonfinite import NonFiniteError
 from pyro_scanvi.plan import Plan
 from pyro_scanvi.scanvae import SCANVAE
@@ -398,11 +399,413 @@ class SCANVI:
         self,
         adata: ad.AnnData | None = None,
         indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        mc_samples: int = 5000,
         batch_size: int | None = None,
-    ) -> np.ndarray:
-        """Mean of q(z | x), the batch-free state of each cell, (N, n_latent)."""
+        return_dist: bool = False,
+        *,
+        seed: int | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """The batch-free state of each cell by q(z | x), (N, n_latent).
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in :meth:`predict`.
+        give_mean
+            Return the mean of the state, not a draw of it.
+        mc_samples
+            Draws for the mean of softmax(z) with ``latent_distribution="ln"``, which has no closed
+            form; not read otherwise.
+        return_dist
+            Return mean and variance of q(z | x), each (N, n_latent), before any softmax.
+        seed
+            Of the draws; None draws on from torch's generator.
+
+        Raises
+        ------
+        InputError
+            For cells that do not fit the model, or `mc_samples` below 1.
+        """
+        check_at_least(1, mc_samples=mc_samples)
         data, _ = self._encoded(adata, indices)
-        return posterior.latent_mean(self.module, data, batch_size or EVALUATION_BATCH_SIZE)
+        size = _minibatch_size(batch_size)
+        if return_dist:
+            return posterior.latent_moments(self.module, data, size)
+        with posterior.seeded(seed):
+            if give_mean:
+                return posterior.latent_mean(self.module, data, size, mc_samples)
+            return posterior.latent_sample(self.module, data, size)
+
+    def get_normalized_expression(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: str | Sequence[str] | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | str = 1,
+        n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        weights: str | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        return_numpy: bool | None = None,
+        *,
+        seed: int | None = None,
+    ) -> np.ndarray | pd.DataFrame:
+        r"""Decoded expression :math:`\rho` of each gene at draws from the guide.
+
+        .. math:: \frac1{|B|} \sum_{s \in B} \mathrm{size} \cdot \rho_g(z, s, c),
+            \qquad z \sim q(z \mid x)
+
+        Without size factors the proportions :math:`\rho_g` of a cell sum to 1 (Lopez et al. 2018).
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in :meth:`predict`.
+        transform_batch
+            Batches B to decode every cell as, at the same draws; a name or several, which are
+            averaged over. None is the cell's own batch.
+        gene_list
+            Genes to return, in this order; None is all.
+        library_size
+            A number that multiplies :math:`\rho`, or "latent": the cell's own library l, so that
+            the result is the mean count :math:`\mu = l \rho`.
+        n_samples
+            Draws for each cell.
+        n_samples_overall
+            Draw so many cells with replacement, and one sample for each of them.
+        weights
+            None or "uniform": cells are drawn with equal probability.
+        return_mean
+            Average over the draws of a cell.
+        return_numpy
+            Return an array, not a DataFrame.
+        seed
+            Of the draws; None draws on from torch's generator.
+
+        Returns
+        -------
+        DataFrame or array
+            Cells by genes. With ``n_samples > 1`` and ``return_mean=False`` always an array,
+            (n_samples, N, genes).
+
+        Raises
+        ------
+        InputError
+            For unknown batches or genes, naming the nearest; sizes that are no positive numbers;
+            both kinds of `n_samples`; a DataFrame of three dimensions.
+        """
+        scale = _expression_scale(library_size)
+        _check_sampling(n_samples, n_samples_overall, weights)
+        if n_samples > 1 and not return_mean and return_numpy is False:
+            raise InputError(
+                "return_numpy=False, but n_samples > 1 with return_mean=False gives three "
+                "dimensions, which a DataFrame does not have; leave return_numpy out"
+            )
+        batches, genes = self._batch_codes(transform_batch), self._gene_positions(gene_list)
+        size = _minibatch_size(batch_size)
+        data, names = self._encoded(adata, indices)
+        with posterior.seeded(seed):
+            if n_samples_overall is not None:
+                chosen = torch.randint(len(data), (n_samples_overall,)).numpy()
+                data, names = data.subset(chosen), names[chosen]
+            values = expression.normalized_expression(
+                self.module, data, size, scale, batches, genes, n_samples, return_mean
+            )
+        if return_numpy or values.ndim == 3:
+            return values
+        return pd.DataFrame(values, index=names, columns=self.fields.genes[genes])
+
+    def get_likelihood_parameters(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 1,
+        give_mean: bool = False,
+        batch_size: int | None = None,
+        *,
+        seed: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        r"""Parameters of :math:`p(x \mid z, l, y, s, c)` at draws from the guide.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in :meth:`predict`.
+        n_samples
+            Draws for each cell.
+        give_mean
+            Average over the draws.
+        seed
+            Of the draws; None draws on from torch's generator.
+
+        Returns
+        -------
+        dict
+            Arrays (N, G), or (n_samples, N, G) for several draws without `give_mean`. "mean":
+            :math:`\mu = l \rho` in counts, before any structural zeros. "dispersions": the inverse
+            dispersion :math:`\theta`, where the likelihood has one. "dropout": the probability of
+            a structural zero, where it has a gate.
+
+        Raises
+        ------
+        InputError
+            For cells that do not fit the model, or `n_samples` below 1.
+        """
+        check_at_least(1, n_samples=n_samples)
+        data, _ = self._encoded(adata, indices)
+        with posterior.seeded(seed):
+            return expression.likelihood_parameters(
+                self.module, data, _minibatch_size(batch_size), n_samples, give_mean
+            )
+
+    def get_latent_library_size(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        batch_size: int | None = None,
+        *,
+        seed: int | None = None,
+    ) -> np.ndarray:
+        r"""Library size l of each cell in counts, (N, 1).
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in :meth:`predict`.
+        give_mean
+            Return the mean :math:`\exp(m + v / 2)` of :math:`q(l \mid x)`; otherwise a draw of it,
+            or what the model reads where the library is not latent: the total count or the given
+            size factor.
+        seed
+            Of the draws; None draws on from torch's generator.
+
+        Raises
+        ------
+        InputError
+            If a mean is asked for and the library is not latent.
+        """
+        if give_mean and not self.module.latent_library:
+            raise InputError(
+                "the library of this model is not latent, so q(l | x) has no mean; "
+                "give_mean=False returns the library that the model reads"
+            )
+        data, _ = self._encoded(adata, indices)
+        with posterior.seeded(seed):
+            return posterior.library_size(self.module, data, _minibatch_size(batch_size), give_mean)
+
+    def posterior_predictive_sample(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: str | None = None,
+        n_samples: int = 1,
+        gene_list: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        *,
+        seed: int | None = None,
+    ) -> np.ndarray:
+        r"""Counts from :math:`p(x' \mid x) = \int p(x' \mid z, l)\, q(z, l \mid x)\, dz\, dl`.
+
+        The result is a dense array of float32, 4 bytes for each cell, gene and draw; choose cells
+        or genes where that is too much.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in :meth:`predict`.
+        transform_batch
+            Draw as if every cell were of this batch; None is the cell's own.
+        n_samples
+            Draws for each cell, each at its own draw of z and l.
+        gene_list
+            Genes to return, in this order; None is all.
+        seed
+            Of the draws; None draws on from torch's generator.
+
+        Returns
+        -------
+        array
+            (N, genes); with more than one draw (N, genes, n_samples).
+
+        Raises
+        ------
+        InputError
+            For unknown batches or genes, naming the nearest; more than one batch; `n_samples`
+            below 1.
+        """
+        check_at_least(1, n_samples=n_samples)
+        batches, genes = self._batch_codes(transform_batch), self._gene_positions(gene_list)
+        if len(batches) > 1:
+            raise InputError(
+                f"transform_batch names {len(batches)} batches, but a cell can be drawn as of one "
+                "only (a mean of counts is no count); ask for each batch in turn"
+            )
+        size = _minibatch_size(batch_size)
+        data, _ = self._encoded(adata, indices)
+        with posterior.seeded(seed):
+            counts = expression.predictive_sample(
+                self.module, data, size, batches[0], genes, n_samples
+            )
+        return counts[..., 0] if n_samples == 1 else counts
+
+    def get_feature_correlation_matrix(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 10,
+        batch_size: int = 64,
+        rna_size_factor: float = 1000,
+        transform_batch: str | Sequence[str] | None = None,
+        correlation_type: str = "spearman",
+        *,
+        seed: int | None = None,
+    ) -> pd.DataFrame:
+        r"""Correlation of genes over denoised expression, genes by genes.
+
+        .. math:: w_g \sim \mathrm{Gamma}(\theta_g,\ \theta_g / (\mathrm{size} \cdot \rho_g(z))),
+            \qquad z \sim q(z \mid x),
+
+        the negative binomial at one size for all cells, without its Poisson noise and without
+        structural zeros. A likelihood without :math:`\theta`, such as the Poisson, has no Gamma
+        noise: :math:`w = \mathrm{size} \cdot \rho(z)`.
+
+        Memory grows with genes squared. Ranks ("spearman") go through a temporary file of
+        4 bytes x cells x `n_samples` x genes, and one gene at a time is held in memory.
+
+        Parameters
+        ----------
+        adata, indices
+            As in :meth:`predict`.
+        n_samples
+            Draws for each cell.
+        batch_size
+            Cells in a minibatch.
+        rna_size_factor
+            Size of every cell in counts.
+        transform_batch
+            Batches to decode every cell as; a name or several, whose matrices are averaged. None
+            is the cell's own batch.
+        correlation_type
+            "spearman" or "pearson".
+        seed
+            Of the draws; None draws on from torch's generator.
+
+        Returns
+        -------
+        DataFrame
+            NaN for genes that do not vary.
+
+        Raises
+        ------
+        InputError
+            For unknown batches or types of correlation, a single draw in all, sizes that are no
+            positive numbers, or a disk without place for the temporary file.
+        """
+        check_at_least(1, n_samples=n_samples, batch_size=batch_size)
+        check_positive(rna_size_factor=rna_size_factor)
+        correlate = look_up(correlation.CORRELATIONS, correlation_type, "correlation_type")
+        batches = self._batch_codes(transform_batch)
+        data, _ = self._encoded(adata, indices)
+        if n_samples * len(data) == 1:
+            raise InputError("one draw of one cell has no correlation; choose more of either")
+        with posterior.seeded(seed):
+            matrix = correlation.correlation_of_genes(
+                self.module, data, batch_size, correlate, n_samples, rna_size_factor, batches
+            )
+        return pd.DataFrame(matrix, index=self.fields.genes, columns=self.fields.genes)
+
+    def get_elbo(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        feed_labels: bool = False,
+        *,
+        seed: int | None = None,
+    ) -> float | np.ndarray:
+        r"""Evidence lower bound in nats per cell; higher is better.
+
+        .. math:: \mathbb E_q[\log p(x \mid z, l) + \log p(z \mid u, y) - \log q(z \mid x)]
+            - \mathrm{KL}_u - \mathrm{KL}_y - \mathrm{KL}_l \le \log p(x)
+
+        at KL weight 1, without the classification term; exact over y and at one draw of z
+        (Xu et al. 2021, eq. 5; Kingma et al. 2014, eqs. 6 and 7).
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in :meth:`predict`.
+        return_mean
+            Return the mean over cells, a number; otherwise one number for each cell, (N,).
+        feed_labels
+            True: bound :math:`\log p(x, y)` where the label is known, and :math:`\log p(x)`
+            elsewhere. False: bound :math:`\log p(x)` of every cell, as scvi-tools does.
+        seed
+            Of the draws; None draws on from torch's generator.
+
+        Raises
+        ------
+        InputError
+            For cells that do not fit the model.
+        """
+        data, _ = self._encoded(adata, indices)
+        with posterior.seeded(seed):
+            found = elbo.cell_elbo(self.module, data, _minibatch_size(batch_size), feed_labels)
+        return _mean_or_each(found, return_mean)
+
+    def get_reconstruction_error(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        *,
+        seed: int | None = None,
+    ) -> float | np.ndarray:
+        r""":math:`-\mathbb E_q \log p(x \mid z, l, y)` in nats per cell; lower is better.
+
+        It is exact over y and at one draw of z. scvi-tools returns a dict whose
+        "reconstruction_loss" also holds :math:`\log q(z \mid x) - \log p(z \mid u, y)`; this is
+        another quantity, and a number.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in :meth:`predict`.
+        return_mean
+            Return the mean over cells, a number; otherwise one number for each cell, (N,).
+        seed
+            Of the draws; None draws on from torch's generator.
+
+        Raises
+        ------
+        InputError
+            For cells that do not fit the model.
+        """
+        data, _ = self._encoded(adata, indices)
+        with posterior.seeded(seed):
+            found = elbo.cell_reconstruction(self.module, data, _minibatch_size(batch_size))
+        return _mean_or_each(found, return_mean)
+
+    def _batch_codes(self, names: str | Sequence[str] | None) -> list[int | None]:
+        """Codes of the batches to decode cells as; None is the cell's own."""
+        if names is None:
+            return [None]
+        names = [names] if np.ndim(names) == 0 else names
+        return positions_of(names, self.fields.batches, "transform_batch")
+
+    def _gene_positions(self, names: Sequence[str] | None) -> slice | list[int]:
+        """Where the named genes stand; None is all."""
+        if names is None:
+            return slice(None)
+        if np.ndim(names) == 0:
+            raise InputError(f"gene_list={names!r}, expected a list of names of genes")
+        return positions_of(names, self.fields.genes, "gene_list")
 
     def annotate(self, adata: ad.AnnData | None = None) -> ad.AnnData:
         """Write predictions and latent space into an AnnData; None is the training data.
@@ -414,7 +817,7 @@ class SCANVI:
         """
         adata = self.adata if adata is None else adata
         soft = self.predict(adata, soft=True)
-        latent = self.get_latent_representation(adata)
+        latent = self.get_latent_representation(adata, seed=self.seed)
         soft.columns = storable_names(self.fields.classes)
         predicted = self.fields.classes[soft.to_numpy().argmax(1)]
         adata.obs["scanvi_prediction"] = pd.Categorical(predicted, categories=self.fields.classes)
@@ -527,3 +930,36 @@ class SCANVI:
 def _chosen(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments of SCANVAE that the data do not give."""
     return {k: v for k, v in arguments.items() if k not in FROM_DATA}
+
+
+def _minibatch_size(batch_size: int | None) -> int:
+    if batch_size is None:
+        return EVALUATION_BATCH_SIZE
+    check_at_least(1, batch_size=batch_size)
+    return batch_size
+
+
+def _expression_scale(library_size: float | str) -> Callable[[CountParameters], torch.Tensor]:
+    """From count parameters to expression at the size that was asked for."""
+    scale = look_up(expression.SCALES, library_size, "library_size")
+    if callable(scale):
+        return scale
+    check_positive(library_size=scale)
+    return lambda p: p.rho * scale
+
+
+def _check_sampling(n_samples: int, n_samples_overall: int | None, weights: str | None) -> None:
+    check_at_least(1, n_samples=n_samples)
+    if weights not in (None, "uniform"):
+        raise InputError(
+            f"weights={weights!r}, expected None or 'uniform'; importance weights are not offered"
+        )
+    if n_samples_overall is None:
+        return
+    check_at_least(1, n_samples_overall=n_samples_overall)
+    if n_samples != 1:
+        raise InputError("n_samples and n_samples_overall are both given; choose one")
+
+
+def _mean_or_each(values: np.ndarray, mean: bool) -> float | np.ndarray:
+    return float(values.mean(dtype=np.float64)) if mean else values

@@ -15,7 +15,7 @@ LAYERS = [
     {"plan", "pretraining", "posterior", "interop"},
     {"trainer", "training_plan"},
     {"training"},
-    {"fields"},  # reads the registry of a saved scvi-tools model too
+    {"fields", "expression", "correlation", "elbo"},  # fields reads saved scvi-tools models too
     {"scanvi"},
     {"cli", "__init__"},
 ]
@@ -26,7 +26,10 @@ ONLY = {  # where a layer would allow more
     "pickles": {"checks"},
     "scanvae": {"checks", "data", "likelihoods", "networks"},
     "saving": {"checks", "files"},
-    "posterior": {"data", "likelihoods", "scanvae"},
+    "posterior": {"checks", "data", "likelihoods", "scanvae"},
+    "expression": {"data", "likelihoods", "posterior", "scanvae"},
+    "correlation": {"checks", "data", "likelihoods", "posterior", "scanvae"},
+    "elbo": {"data", "objective", "posterior", "scanvae"},
     "plan": {"checks", "objective", "scanvae"},
     "pretraining": {"data", "objective", "scanvae"},
     "nonfinite": {"data"},
@@ -40,6 +43,9 @@ UNKNOWN_TO = {  # the edges that these are kept from
     "objective": {"anndata", "pandas", "lightning"},
     "data": {"pyro", "anndata", "lightning"},
     "posterior": {"anndata", "lightning"},
+    "expression": {"anndata", "pandas", "lightning"},
+    "correlation": {"anndata", "pandas", "lightning"},
+    "elbo": {"anndata", "pandas", "lightning"},
 }
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
