@@ -10,8 +10,8 @@ import pyro_scanvi
 FOLDER = Path(pyro_scanvi.__file__).parent
 LAYERS = [
     {"checks", "data", "distributions", "networks", "metrics", "datasets", "plotting", "baselines"},
-    {"likelihoods", "objective", "files", "pickles"},
-    {"scanvae", "saving"},
+    {"likelihoods", "objective", "files", "pickles", "comparisons"},
+    {"scanvae", "saving", "differential"},
     {"training", "posterior", "interop"},
     {"fields"},  # reads the registry of a saved scvi-tools model too
     {"scanvi"},
@@ -24,6 +24,8 @@ ONLY = {  # where a layer would allow more
     "pickles": {"checks"},
     "scanvae": {"checks", "data", "likelihoods", "networks"},
     "saving": {"checks", "files"},
+    "comparisons": {"checks"},
+    "differential": {"checks", "comparisons"},
     "posterior": {"data", "likelihoods", "scanvae"},
     "training": {"checks", "data", "metrics", "objective", "scanvae"},
 }
@@ -36,6 +38,8 @@ UNKNOWN_TO = {  # the edges that these are kept from
     "objective": {"anndata", "pandas", "lightning"},
     "data": {"pyro", "anndata", "lightning"},
     "posterior": {"anndata", "lightning"},
+    "comparisons": {"pyro", "torch", "anndata", "lightning"},
+    "differential": {"pyro", "torch", "anndata", "lightning"},
 }
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
