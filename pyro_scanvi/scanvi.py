@@ -415,7 +415,7 @@ class SCANVI:
             both, or sets that do not meet; then draws of different batches are paired.
         fdr_target
             ``is_de_fdr_*`` marks the most genes whose expected share of false calls,
-            the mean of ``proba_not_de``, is at most this. Mode "change".
+            the mean of their ``proba_not_de``, is at most this. Mode "change".
         silent
             Show no progress bar.
         weights
@@ -456,8 +456,10 @@ class SCANVI:
         large for genes that neither group expresses; and c is divided by the number of genes,
         which leaves little of it. Give `pseudocounts`, such as 1e-4, to count such genes less.
 
-        The probabilities are about these cells. They do not say how donors differ: with few donors,
-        many cells make sure of what may be one donor's own.
+        The probabilities are about these cells and take the decoder for true. They do not say how
+        other donors differ, and the share of false calls can be larger than `fdr_target`: in
+        simulations of 400 cells and 100 genes it was 0.09 to 0.29 at 0.05 with delta=0.25, 0.05 to
+        0.17 with delta=0.5. Where most calls are sure, the last ones can be genes of low `p_de`.
         """
         differential.check_weights(weights)
         if seed is not None:
@@ -474,7 +476,9 @@ class SCANVI:
 
         def draws(cells: np.ndarray, codes: Sequence[int | None]) -> np.ndarray:
             if filter_outlier_cells:
-                latent = posterior.latent_mean(self.module, data.subset(cells), batch_size)
+                latent = posterior.over_minibatches(
+                    self.module, data.subset(cells), batch_size, lambda c: self.module.q_z(c).mean
+                )
                 cells = differential.without_outliers(cells, latent)
             return posterior.expression_draws(
                 self.module, data, cells, codes, n_samples_overall, batch_size
