@@ -183,6 +183,18 @@ def test_false_calls_are_as_many_as_announced(target):
     assert abs((~truth[calls]).mean() - target) < error + 1 / calls.sum()
 
 
+def test_of_sure_genes_the_larger_change_comes_first():
+    """Whether up or down; unsure genes come last."""
+    folds = 2.0 ** np.array([2, -3, 0, 1])
+    draws = (lambda cells: np.tile(folds, (5, 1))), (lambda cells: np.ones((5, 4)))
+    comparison = Comparison(np.array([0]), np.array([1]), ("x", "y"))
+    genes = np.array(["up", "down", "same", "less"])
+    table = differential.compare(comparison, draws, np.ones((2, 4)), genes, Settings())
+    assert list(table.index) == ["down", "up", "less", "same"]
+    assert list(table["is_de_fdr_0.05"]) == [True, True, True, False]
+    assert (table["comparison"] == "x vs y").all()
+
+
 def test_pseudocounts_from_unexpressed_genes():
     """Largest draws of the unexpressed genes: 3 and 5 in group 1, 7 in group 2."""
     one = group([[1, 3, 9, 2], [2, 1, 9, 5]], mean=[1, 0, 0.01, 0.0099])
