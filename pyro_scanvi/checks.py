@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 
-def check_known(given: Iterable[str], known: Iterable[str], what: str) -> None:
+def check_known(
+    given: Iterable[str], known: Iterable[str], what: str, error: type[Exception] = TypeError
+) -> None:
     """Refuse unknown names, naming the nearest known one."""
     known = list(known)
     for name in given:
@@ -19,7 +21,7 @@ def check_known(given: Iterable[str], known: Iterable[str], what: str) -> None:
             continue
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-        raise TypeError(f"{name!r} is not {what}; {hint}")
+        raise error(f"{name!r} is not {what}; {hint}")
 
 
 def look_up(table: Mapping[str, Any], choice: str | Callable, argument: str) -> Any:

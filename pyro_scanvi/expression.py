@@ -13,6 +13,7 @@ from pyro_scanvi.data import CellData, Cells
 from pyro_scanvi.likelihoods import CountParameters
 from pyro_scanvi.posterior import (
     as_of_batch,
+    count_parameters,
     decode,
     draw,
     mean_over_samples,
@@ -55,6 +56,31 @@ def normalized_expression(
         )
 
     return _at_samples(vae, data, batch_size, expression, n_samples, mean)
+
+
+def expression_draws(
+    vae: SCANVAE,
+    data: CellData,
+    cells: np.ndarray,
+    batches: Sequence[int | None],
+    n_draws: int,
+    batch_size: int,
+) -> np.ndarray:
+    """Expression rho of a group of cells at draws of q(z | x), (n_draws, G).
+
+    The cells come in random order, each as often as any other, or once more. An equal share of the
+    draws, one after the other, is decoded as if of each of `batches`; None is a cell's own batch.
+    """
+    rounds = torch.randperm(len(cells)).repeat(-(-n_draws // len(cells)))[:n_draws]
+    shares = np.array_split(cells[rounds[torch.randperm(n_draws)].numpy()], len(batches))
+
+    def decoded(share: np.ndarray, batch: int | None) -> np.ndarray:
+        def rho(minibatch: Cells) -> Tensor:
+            return count_parameters(vae, minibatch, 1, batch).rho[0]
+
+        return over_minibatches(vae, data.subset(share), batch_size, rho)
+
+    return np.concatenate([decoded(*pair) for pair in zip(shares, batches, strict=True)])
 
 
 def likelihood_parameters(

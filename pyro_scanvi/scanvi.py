@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,20 @@ import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from rich.progress import track
 
-from pyro_scanvi import correlation, elbo, expression, interop, posterior, saving, training
+from pyro_scanvi import (
+    correlation,
+    differential,
+    elbo,
+    expression,
+    interop,
+    posterior,
+    saving,
+    training,
+)
 from pyro_scanvi.checks import InputError, check_at_least, check_positive, look_up, positions_of
+from pyro_scanvi.comparisons import decoded_batches, find_comparisons
 from pyro_scanvi.course import Course, default_max_epochs
 from pyro_scanvi.data import library_prior
 from pyro_scanvi.fields import UNS_KEY, Fields, storable_names, weights_of
@@ -806,6 +818,154 @@ class SCANVI:
         if np.ndim(names) == 0:
             raise InputError(f"gene_list={names!r}, expected a list of names of genes")
         return positions_of(names, self.fields.genes, "gene_list")
+
+    def differential_expression(
+        self,
+        adata: ad.AnnData | None = None,
+        groupby: str | None = None,
+        group1: Any = None,
+        group2: Any = None,
+        idx1: Sequence[int] | Sequence[bool] | str | None = None,
+        idx2: Sequence[int] | Sequence[bool] | str | None = None,
+        mode: str = "change",
+        delta: float | None = 0.25,
+        batch_size: int | None = None,
+        all_stats: bool = True,
+        batch_correction: bool = False,
+        batchid1: Sequence[str] | None = None,
+        batchid2: Sequence[str] | None = None,
+        fdr_target: float = 0.05,
+        silent: bool = False,
+        weights: str | None = "uniform",
+        filter_outlier_cells: bool = False,
+        n_samples_overall: int = differential.N_DRAWS,
+        pseudocounts: float | None = None,
+        test_mode: str = "three",
+        seed: int | None = None,
+    ) -> pd.DataFrame:
+        r"""Test every gene between groups of cells, by the expression that the model decodes.
+
+        .. math::
+
+            r = \log_2(\rho_1 + c) - \log_2(\rho_2 + c), \qquad
+            p_{de} = \max\{P(r \ge \delta),\ P(r \le -\delta)\}
+
+        over pairs of draws: a cell of group 1 and one of group 2 at random, each decoded at a
+        sample of q(z | x). The columns are those of scvi-tools. Mode "change": Boyeau et al.
+        (2019), bioRxiv 794289. Mode "vanilla": Lopez et al. (2018), Nat Methods 15:1053.
+
+        Parameters
+        ----------
+        adata
+            Cells with the genes of the training data; None is the training data.
+        groupby
+            Column of ``obs`` with the groups. Of the labels, "unlabelled" is a group too.
+        group1
+            One group or several, each compared on its own; None is all.
+        group2
+            The group to compare with; None is the rest, all other cells alike, so that large groups
+            make up most of it.
+        idx1, idx2
+            Cells instead of groups: a mask, positions, or a query of ``obs``; idx2=None is all
+            other cells.
+        mode
+            "change", how probable is a fold change beyond `delta`; or "vanilla", how probable is it
+            that expression is higher in group 1 by whatever amount. (scvi-tools' default is
+            "vanilla".)
+        delta
+            Smallest log2 fold change that counts; None estimates it from the genes. Mode "change".
+        batch_size
+            Cells in a minibatch.
+        all_stats
+            Add raw_mean, non_zeros_proportion and raw_normalized_mean (per 10,000 counts).
+        batch_correction
+            Decode the cells of both groups as if of the same batch, an equal share of the draws in
+            each, and pair draws of one batch. Without it a difference between batches is one
+            between groups that lie in different batches. Other covariates are not corrected for.
+        batchid1, batchid2
+            Batches to decode each group in, by their names in ``obs``; None is all. The same for
+            both, or sets that do not meet; then draws of different batches are paired.
+        fdr_target
+            ``is_de_fdr_*`` marks the most genes whose expected share of false calls,
+            the mean of their ``proba_not_de``, is at most this. Mode "change".
+        silent
+            Show no progress bar.
+        weights
+            "uniform"; "importance" is refused, as those of scvi-tools assume another prior of z.
+        filter_outlier_cells
+            Draw only from the cells within an ellipse of nine tenths of their group in latent
+            space (scikit-learn's EllipticEnvelope). Raw statistics are of all cells.
+        n_samples_overall
+            Pairs of draws, S. Each cell is drawn as often as any other of its group, or once more.
+        pseudocounts
+            c, added to expression before the logarithm in `p_de`; None estimates it from genes with
+            a mean count below 0.01 in a group.
+        test_mode
+            "three" is the formula above; "two" is :math:`p_{de} = P(|r| \ge \delta)`, as in Boyeau
+            et al., which counts up and down together: a gene that varies within both groups has
+            large changes both ways, and comes near 1 without any difference between them.
+        seed
+            Of the draws. The table of a group is the same whichever others are asked for.
+
+        Returns
+        -------
+        DataFrame
+            One row for each gene and comparison, the surest first. Mode "change": proba_de,
+            proba_not_de, bayes_factor (log odds, nats), scale1 and scale2 (mean expression),
+            pseudocounts, delta, lfc_mean, lfc_median, lfc_std, lfc_min, lfc_max and, last,
+            is_de_fdr_*. Mode "vanilla": proba_m1 (higher in group 1), proba_m2, bayes_factor,
+            scale1, scale2. With groups: comparison, group1, group2.
+
+        Raises
+        ------
+        InputError
+            For unknown columns, groups, batches or settings, numbers out of range, groups that are
+            empty or share cells.
+
+        Notes
+        -----
+        As in scvi-tools, lfc_* are taken with a thousandth of the pseudocount, so that they can be
+        large for genes that neither group expresses; and c is divided by the number of genes,
+        which leaves little of it. Give `pseudocounts`, such as 1e-4, to count such genes less.
+
+        The probabilities are about these cells and take the decoder for true. They do not say how
+        other donors differ, and the share of false calls can be larger than `fdr_target`: in
+        simulations of 400 cells and 100 genes it was 0.09 to 0.29 at 0.05 with delta=0.25, 0.05 to
+        0.17 with delta=0.5. Where most calls are sure, the last ones can be genes of low `p_de`.
+        """
+        differential.check_weights(weights)
+        if seed is not None:
+            check_at_least(0, seed=seed)
+        settings = differential.Settings(
+            mode, delta, pseudocounts, test_mode, fdr_target, all_stats
+        )
+        batches = decoded_batches(self.fields.batches, batch_correction, batchid1, batchid2)
+        check_at_least(max(map(len, batches)), n_samples_overall=n_samples_overall)
+        data, _ = self._encoded(adata, None)
+        obs = (self.adata if adata is None else adata).obs
+        comparisons = find_comparisons(obs, groupby, group1, group2, idx1, idx2)
+        batch_size = _minibatch_size(batch_size)
+
+        def draws(cells: np.ndarray, codes: Sequence[int | None]) -> np.ndarray:
+            if filter_outlier_cells:
+                latent = posterior.over_minibatches(
+                    self.module, data.subset(cells), batch_size, lambda c: self.module.q_z(c).mean
+                )
+                cells = differential.without_outliers(cells, latent)
+            return expression.expression_draws(
+                self.module, data, cells, codes, n_samples_overall, batch_size
+            )
+
+        samplers = tuple(partial(draws, codes=codes) for codes in batches)
+        tables = []
+        for comparison in track(comparisons, "Differential expression", disable=silent):
+            with posterior.seeded(seed):
+                tables.append(
+                    differential.compare(
+                        comparison, samplers, data.counts, self.fields.genes, settings
+                    )
+                )
+        return pd.concat(tables)
 
     def annotate(self, adata: ad.AnnData | None = None) -> ad.AnnData:
         """Write predictions and latent space into an AnnData; None is the training data.

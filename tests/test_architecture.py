@@ -10,8 +10,8 @@ import pyro_scanvi
 FOLDER = Path(pyro_scanvi.__file__).parent
 LAYERS = [
     {"checks", "data", "distributions", "networks", "metrics", "datasets", "plotting", "baselines"},
-    {"likelihoods", "objective", "files", "pickles", "nonfinite", "course"},
-    {"scanvae", "saving", "scores", "checkpoints", "callbacks"},
+    {"likelihoods", "objective", "files", "pickles", "nonfinite", "course", "comparisons"},
+    {"scanvae", "saving", "scores", "checkpoints", "callbacks", "differential"},
     {"plan", "pretraining", "posterior", "interop"},
     {"trainer", "training_plan"},
     {"training"},
@@ -26,6 +26,8 @@ ONLY = {  # where a layer would allow more
     "pickles": {"checks"},
     "scanvae": {"checks", "data", "likelihoods", "networks"},
     "saving": {"checks", "files"},
+    "comparisons": {"checks"},
+    "differential": {"checks", "comparisons"},
     "posterior": {"checks", "data", "likelihoods", "scanvae"},
     "expression": {"data", "likelihoods", "posterior", "scanvae"},
     "correlation": {"checks", "data", "likelihoods", "posterior", "scanvae"},
@@ -43,6 +45,8 @@ UNKNOWN_TO = {  # the edges that these are kept from
     "objective": {"anndata", "pandas", "lightning"},
     "data": {"pyro", "anndata", "lightning"},
     "posterior": {"anndata", "lightning"},
+    "comparisons": {"pyro", "torch", "anndata", "lightning"},
+    "differential": {"pyro", "torch", "anndata", "lightning"},
     "expression": {"anndata", "pandas", "lightning"},
     "correlation": {"anndata", "pandas", "lightning"},
     "elbo": {"anndata", "pandas", "lightning"},
