@@ -13,6 +13,7 @@ LAYERS = [
     {"likelihoods", "objective", "files", "pickles"},
     {"scanvae", "saving"},
     {"training", "posterior", "interop"},
+    {"importance"},
     {"fields"},  # reads the registry of a saved scvi-tools model too
     {"scanvi"},
     {"cli", "__init__"},
@@ -25,6 +26,7 @@ ONLY = {  # where a layer would allow more
     "scanvae": {"checks", "data", "likelihoods", "networks"},
     "saving": {"checks", "files"},
     "posterior": {"data", "likelihoods", "scanvae"},
+    "importance": {"data", "posterior", "scanvae"},
     "training": {"checks", "data", "metrics", "objective", "scanvae"},
 }
 LAZY = {("scanvae", "interop")}  # scanvae answers by scvi-tools' names through interop
@@ -36,6 +38,7 @@ UNKNOWN_TO = {  # the edges that these are kept from
     "objective": {"anndata", "pandas", "lightning"},
     "data": {"pyro", "anndata", "lightning"},
     "posterior": {"anndata", "lightning"},
+    "importance": {"anndata", "pandas", "lightning"},
 }
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
