@@ -311,13 +311,13 @@ def test_equal_to_explicit_loops(name):
 
 
 class Blind(SCANVAE):
-    """Neither p(z | u) nor q(u | z) depends on the label: p(x, y) = p(x) p(y)."""
+    """p(z | u) does not depend on the label, nor q(u) on anything: p(x, y) = p(x) p(y)."""
 
     def p_z(self, u, y):
         return super().p_z(u, torch.ones(1, u.shape[-2], 3) / 3)
 
     def q_u(self, z, y):
-        return super().q_u(z, torch.ones(1, z.shape[-2], 3) / 3)
+        return self.p_u()
 
 
 def test_factors_that_ignore_the_label():
@@ -478,7 +478,7 @@ def test_mean_and_indices(model):
     assert isinstance(mean, float) and mean == pytest.approx(each.mean())
     indices = [each.argmax(), each.argmin()]
     some = model.get_marginal_ll(indices=indices, n_mc_samples=300, return_mean=False, seed=0)
-    np.testing.assert_allclose(some, each[indices], atol=3)
+    np.testing.assert_allclose(some, each[indices], atol=6)
     assert some[0] - some[1] > 10
 
 
