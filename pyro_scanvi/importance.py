@@ -19,7 +19,7 @@ sites outside the plate of cells, which a model of one's own may have, are not i
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -48,16 +48,14 @@ def marginal_log_likelihood(
     With `feed_labels`, of :math:`\log p(x, y)` where the label y is known.
     """
 
-    def log_likelihood(cells: Cells) -> Tensor:
-        log_p = log_joint(vae, cells, n_samples, n_inner_samples)
+    def log_likelihood(cells: Cells, log_p: Tensor) -> Tensor:
         log_evidence = log_p.logsumexp(-1)
         if not feed_labels:
             return log_evidence
         at_label = log_p.gather(-1, cells.label.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return torch.where(cells.labelled, at_label, log_evidence)
 
-    batch_size = min(batch_size, _cells_per_pass(vae, data, n_inner_samples))
-    return over_minibatches(vae, data, batch_size, log_likelihood)
+    return _over_log_joint(vae, data, batch_size, n_samples, n_inner_samples, log_likelihood)
 
 
 def label_posterior(
@@ -69,11 +67,10 @@ def label_posterior(
 ) -> np.ndarray:
     r"""Bayes' rule, :math:`p(y \mid x) = p(x, y) / \sum_{y'} p(x, y')` of each cell, (N, L)."""
 
-    def probabilities(cells: Cells) -> Tensor:
-        return log_joint(vae, cells, n_samples, n_inner_samples).softmax(-1)
+    def probabilities(cells: Cells, log_p: Tensor) -> Tensor:
+        return log_p.softmax(-1)
 
-    batch_size = min(batch_size, _cells_per_pass(vae, data, n_inner_samples))
-    return over_minibatches(vae, data, batch_size, probabilities)
+    return _over_log_joint(vae, data, batch_size, n_samples, n_inner_samples, probabilities)
 
 
 def log_joint(
@@ -164,6 +161,23 @@ def _every_label(vae: SCANVAE, n_cells: int) -> Tensor:
     """All labels as one-hot, for each cell, (L, 1, N, L); the second dimension is for draws."""
     one_hots = torch.eye(vae.n_labels, dtype=vae.y_prior.dtype, device=vae.y_prior.device)
     return one_hots[:, None, None].expand(-1, 1, n_cells, -1)
+
+
+def _over_log_joint(
+    vae: SCANVAE,
+    data: CellData,
+    batch_size: int,
+    n_samples: int,
+    n_inner_samples: int,
+    answer: Callable[[Cells, Tensor], Tensor],
+) -> np.ndarray:
+    """What `answer` makes of the log joints of each minibatch, joined."""
+
+    def ask(cells: Cells) -> Tensor:
+        return answer(cells, log_joint(vae, cells, n_samples, n_inner_samples))
+
+    batch_size = min(batch_size, _cells_per_pass(vae, data, n_inner_samples))
+    return over_minibatches(vae, data, batch_size, ask)
 
 
 def _cells_per_pass(vae: SCANVAE, data: CellData, n_inner_samples: int) -> int:
