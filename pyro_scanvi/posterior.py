@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scanvi.checks import check_at_least
-from pyro_scanvi.data import CellData, Cells, ordered_loader
+from pyro_scanvi.data import UNLABELED, CellData, Cells, ordered_loader
 from pyro_scanvi.likelihoods import CountParameters
 from pyro_scanvi.scanvae import SCANVAE
 
@@ -26,6 +26,12 @@ def label_probabilities(
         return vae.q_y(q_z.mean if use_posterior_mean else q_z.sample()).probs
 
     return over_minibatches(vae, data, batch_size, probabilities)
+
+
+def with_known_labels(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """The same probabilities, (N, L), but certainty of the label where it is known."""
+    certain = np.eye(probabilities.shape[1], dtype=probabilities.dtype)[label]
+    return np.where((label != UNLABELED)[:, None], certain, probabilities)
 
 
 def latent_mean(vae: SCANVAE, data: CellData, batch_size: int, mc_samples: int) -> np.ndarray:

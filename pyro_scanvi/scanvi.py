@@ -20,6 +20,7 @@ from pyro_scanvi import (
     differential,
     elbo,
     expression,
+    importance,
     interop,
     posterior,
     saving,
@@ -382,8 +383,12 @@ class SCANVI:
         soft: bool = False,
         batch_size: int | None = None,
         use_posterior_mean: bool = True,
+        method: str = "classifier",
+        keep_observed: bool = False,
+        n_mc_samples: int = 100,
+        seed: int | None = None,
     ) -> np.ndarray | pd.DataFrame:
-        """Label of each cell by the classifier q(y | z).
+        """Label of each cell, by the classifier or by Bayes' rule.
 
         Parameters
         ----------
@@ -394,15 +399,48 @@ class SCANVI:
         soft
             Return probabilities, a DataFrame of cells by classes.
         batch_size
-            Cells in a minibatch; changes speed and memory only.
+            Cells in a minibatch at most; changes speed and memory, and which numbers are drawn.
         use_posterior_mean
             Classify the mean of q(z | x), not a sample.
+        method
+            "classifier" is q(y | z). "bayes" is p(y | x), the posterior of the model itself, by
+            importance sampling (:mod:`pyro_scanvi.importance`); it never asks the classifier.
+        keep_observed
+            Cells whose label is known keep it, with probability 1.
+        n_mc_samples
+            Draws of z for each cell; read by "bayes".
+        seed
+            Of what is drawn; None draws on from torch's generator.
+
+        Returns
+        -------
+        ndarray or DataFrame
+            Labels, (N,); with `soft` probabilities, (N, L).
+
+        Raises
+        ------
+        InputError
+            If the AnnData is not what the model was set up with.
+        ValueError
+            For an unknown method, a number of draws below 1, or a negative seed.
         """
-        data, names = self._encoded(adata, indices)
-        batch_size = batch_size or EVALUATION_BATCH_SIZE
-        probabilities = posterior.label_probabilities(
-            self.module, data, batch_size, use_posterior_mean
+        check_at_least(1, n_mc_samples=n_mc_samples)
+        check_at_least(0, seed=seed or 0)
+        ask = look_up(
+            {
+                "classifier": partial(
+                    posterior.label_probabilities, use_posterior_mean=use_posterior_mean
+                ),
+                "bayes": partial(importance.label_posterior, n_samples=n_mc_samples),
+            },
+            method,
+            "method",
         )
+        data, names = self._encoded(adata, indices)
+        with posterior.seeded(seed):
+            probabilities = ask(self.module, data, _minibatch_size(batch_size))
+        if keep_observed:
+            probabilities = posterior.with_known_labels(probabilities, data.label)
         if soft:
             return pd.DataFrame(probabilities, index=names, columns=self.fields.classes)
         return self.fields.classes[probabilities.argmax(1)]
@@ -818,6 +856,64 @@ class SCANVI:
         if np.ndim(names) == 0:
             raise InputError(f"gene_list={names!r}, expected a list of names of genes")
         return positions_of(names, self.fields.genes, "gene_list")
+
+    def get_marginal_ll(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        n_mc_samples: int = 1000,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        n_inner_samples: int = importance.N_INNER_SAMPLES,
+        feed_labels: bool = False,
+        seed: int | None = None,
+    ) -> float | np.ndarray:
+        r"""Marginal log likelihood :math:`\log p(x)`, estimated by importance sampling.
+
+        The estimate lies between the ELBO and :math:`\log p(x)` in expectation, and rises with
+        the draws; see :mod:`pyro_scanvi.importance`.
+
+        Parameters
+        ----------
+        adata
+            Cells with the genes of the training data; None is the training data.
+        indices
+            Positions of the cells; None is all.
+        n_mc_samples
+            Draws of z, and of a latent library, for each cell.
+        batch_size
+            Cells in a minibatch at most; changes speed and memory, and which numbers are drawn.
+        return_mean
+            Return the mean over cells, not the value of each.
+        n_inner_samples
+            Draws of u for each of them and each label.
+        feed_labels
+            A cell with a known label contributes :math:`\log p(x, y)`, as in the ELBO that
+            ``feed_labels`` of the training plan chooses.
+        seed
+            Of what is drawn; None draws on from torch's generator.
+
+        Returns
+        -------
+        float or ndarray
+            Nats per cell; without `return_mean` (N,).
+
+        Raises
+        ------
+        InputError
+            If the AnnData is not what the model was set up with.
+        ValueError
+            For a number of draws below 1, or a negative seed.
+        """
+        check_at_least(1, n_mc_samples=n_mc_samples, n_inner_samples=n_inner_samples)
+        check_at_least(0, seed=seed or 0)
+        data, _ = self._encoded(adata, indices)
+        batch_size = _minibatch_size(batch_size)
+        with posterior.seeded(seed):
+            log_likelihood = importance.marginal_log_likelihood(
+                self.module, data, batch_size, n_mc_samples, n_inner_samples, feed_labels
+            )
+        return float(log_likelihood.mean()) if return_mean else log_likelihood
 
     def differential_expression(
         self,

@@ -15,7 +15,13 @@ LAYERS = [
     {"plan", "pretraining", "posterior", "interop"},
     {"trainer", "training_plan"},
     {"training"},
-    {"fields", "expression", "correlation", "elbo"},  # fields reads saved scvi-tools models too
+    {
+        "fields",
+        "expression",
+        "correlation",
+        "elbo",
+        "importance",
+    },  # fields reads saved scvi-tools models too
     {"scanvi"},
     {"cli", "__init__"},
 ]
@@ -31,6 +37,7 @@ ONLY = {  # where a layer would allow more
     "posterior": {"checks", "data", "likelihoods", "scanvae"},
     "expression": {"data", "likelihoods", "posterior", "scanvae"},
     "correlation": {"checks", "data", "likelihoods", "posterior", "scanvae"},
+    "importance": {"data", "posterior", "scanvae"},
     "elbo": {"data", "objective", "posterior", "scanvae"},
     "plan": {"checks", "objective", "scanvae"},
     "pretraining": {"data", "objective", "scanvae"},
@@ -45,6 +52,7 @@ UNKNOWN_TO = {  # the edges that these are kept from
     "objective": {"anndata", "pandas", "lightning"},
     "data": {"pyro", "anndata", "lightning"},
     "posterior": {"anndata", "lightning"},
+    "importance": {"anndata", "pandas", "lightning"},
     "comparisons": {"pyro", "torch", "anndata", "lightning"},
     "differential": {"pyro", "torch", "anndata", "lightning"},
     "expression": {"anndata", "pandas", "lightning"},
