@@ -5,7 +5,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from pyro_scanvi import nonfinite
@@ -65,7 +64,8 @@ class LastGoodWeights(Callback):
     ) -> None:
         """Keep the weights that gave this gradient, if it is finite."""
         gradients = [p.grad for p in module.vae.parameters() if p.grad is not None]
-        if not get_total_norm(gradients, norm_type=float("inf")).isfinite():
+        # A sum is not finite where a term is not, and far faster than a look at each.
+        if not torch.stack([gradient.sum() for gradient in gradients]).isfinite().all():
             raise module.diagnose("gradient")
         with torch.no_grad():
             torch._foreach_copy_(self.kept, self.tensors)
