@@ -12,8 +12,10 @@ LAYERS = [
     {"checks", "data", "distributions", "networks", "metrics", "datasets", "plotting", "baselines"},
     {"likelihoods", "objective", "files", "pickles"},
     {"scanvae", "saving"},
-    {"training", "posterior", "interop"},
+    {"training", "posterior", "interop", "growing"},
+    {"freezing"},
     {"fields"},  # reads the registry of a saved scvi-tools model too
+    {"query"},
     {"scanvi"},
     {"cli", "__init__"},
 ]
@@ -24,6 +26,9 @@ ONLY = {  # where a layer would allow more
     "pickles": {"checks"},
     "scanvae": {"checks", "data", "likelihoods", "networks"},
     "saving": {"checks", "files"},
+    "growing": {"checks", "likelihoods", "scanvae"},
+    "freezing": {"checks", "growing", "scanvae"},
+    "query": {"checks", "fields", "growing", "saving", "scanvae"},
     "posterior": {"data", "likelihoods", "scanvae"},
     "training": {"checks", "data", "metrics", "objective", "scanvae"},
 }
@@ -36,6 +41,8 @@ UNKNOWN_TO = {  # the edges that these are kept from
     "objective": {"anndata", "pandas", "lightning"},
     "data": {"pyro", "anndata", "lightning"},
     "posterior": {"anndata", "lightning"},
+    "growing": {"anndata", "pandas", "lightning"},
+    "freezing": {"anndata", "pandas"},
 }
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
