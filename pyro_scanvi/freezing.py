@@ -30,8 +30,8 @@ class Freeze:
     Attributes
     ----------
     new
-        For each tensor that grew its axis and the positions of new categories on it: these
-        entries always move.
+        For each tensor that grew [its axis, the positions of new categories on it], as JSON holds
+        it: these entries always move.
     unfrozen
         Everything moves; the other flags are not read.
     freeze_dropout, freeze_expression, freeze_decoder_first_layer, freeze_batchnorm_encoder, \
@@ -39,7 +39,7 @@ freeze_batchnorm_decoder, freeze_classifier
         See :meth:`pyro_scanvi.SCANVI.load_query_data`.
     """
 
-    new: Mapping[str, tuple[int, list[int]]]
+    new: Mapping[str, list]
     unfrozen: bool = False
     freeze_dropout: bool = False
     freeze_expression: bool = True
@@ -57,7 +57,7 @@ freeze_batchnorm_decoder, freeze_classifier
 def frozen(reference: SCANVAE, vae: SCANVAE, **flags: bool) -> Freeze:
     """The freeze of `vae`, which grew out of `reference`; it is put into force."""
     places = placements(reference, vae)
-    new = {name: (place.dim, list(place.new)) for name, place in places.items()}
+    new = {name: [place.dim, list(place.new)] for name, place in places.items()}
     freeze = Freeze(new=new, **flags)
     hold(vae, freeze)
     return freeze
@@ -203,10 +203,10 @@ def _held(vae: SCANVAE, freeze: Freeze) -> list[nn.Module]:
     """Modules that are in eval mode in training too."""
     if freeze.unfrozen:
         return []
-    moving, kinds = _thawed(vae, freeze), (_BatchNorm,)
-    if freeze.freeze_dropout:
-        kinds += (nn.Dropout,)
-    return [m for m in vae.modules() if isinstance(m, kinds) and m not in moving]
+    moving = _thawed(vae, freeze)
+    norms = [m for m in vae.modules() if isinstance(m, _BatchNorm) and m not in moving]
+    dropouts = [m for m in vae.modules() if isinstance(m, nn.Dropout)]
+    return norms + (dropouts if freeze.freeze_dropout else [])
 
 
 def _evaluate(module: nn.Module, inputs: Any) -> None:

@@ -120,7 +120,9 @@ def _columns(matrix: Any, positions: np.ndarray) -> csr_matrix | np.ndarray:
         filled[:, there] = np.asarray(matrix)[:, positions[there]]
         return filled
     chosen = csr_matrix(matrix)[:, positions[there]]
-    return csr_matrix((chosen.data, there[chosen.indices], chosen.indptr), shape=shape)
+    placed = csr_matrix((chosen.data, there[chosen.indices], chosen.indptr), shape=shape)
+    placed.sort_indices()
+    return placed
 
 
 def _check_overlap(missing: pd.Index, genes: pd.Index) -> None:

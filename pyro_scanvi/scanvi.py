@@ -419,7 +419,9 @@ class SCANVI:
         All else does not change by one bit, whatever the optimiser; :meth:`state_diff` proves it.
         Not even the l encoder moves, unlike in scvi-tools. Unless ``encode_covariates``, or a
         flag, lets the encoder or the classifier move, predictions are those of the reference,
-        trained or not: training teaches the decoder alone.
+        trained or not: training teaches the decoder alone. Where the query is a single new batch,
+        a batch norm that trains takes away whatever the batch's column adds before it, and learns
+        the shift of the batch itself; for the columns to learn, freeze the batch norms.
 
         The prior of a latent library is that of the reference for old batches and comes from the
         query for new ones.
@@ -449,7 +451,9 @@ class SCANVI:
             False: the whole classifier trains, its batch norms included.
         extend_labels
             Labels of the query that the reference does not know. Old labels keep their relative
-            prior probabilities, each new one of L labels has 1 / L.
+            prior probabilities, each new one of L labels has 1 / L. A new type is told apart only
+            as far as the frozen layers before the last one tell it apart; with
+            ``freeze_classifier=False, freeze_expression=False`` it is learned faster.
         extend_categories
             False: an unseen batch or category is an error.
         seed
