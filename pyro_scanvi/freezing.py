@@ -150,7 +150,7 @@ def state_diff(vae: SCANVAE, reference: SCANVAE, freeze: Freeze | None) -> Itera
         if place is not None:
             new.index_fill_(place.dim, torch.tensor(list(place.new), dtype=torch.long), True)
         tensor, old = tensor.detach().cpu(), old.detach().cpu()
-        change = torch.where(new, 0.0, (tensor - old).abs().double())
+        change = torch.where(new, 0.0, (tensor.double() - old.double()).abs())
         yield {
             "name": name,
             "entries": tensor.numel(),

@@ -185,6 +185,27 @@ def test_a_folder_is_a_reference_too(query, tmp_path, arguments):
     )
 
 
+def test_a_model_of_scvi_tools_is_a_reference_too():
+    """Its known cells are answered as before; a batch that scvi-tools never saw is read."""
+    folder = Path(__file__).parent / "reference" / "saved_scanvi"
+    stored = np.load(folder / "expected.npz")
+    obs = pd.DataFrame(
+        {
+            "batch": np.array(["b0", "b1", "b2"])[stored["batch"]],
+            "sex": np.array(["f", "m"])[stored["sex"]],
+        },
+        index=[f"cell {i}" for i in range(48)],
+    )
+    adata = ad.AnnData(stored["X"], obs, pd.DataFrame(index=[str(i) for i in range(40)]))
+    reference = SCANVI.load_scvi_tools(folder, adata.copy())
+    adata.obs.loc[adata.obs_names[:5], "batch"] = "b9"
+    model = SCANVI.load_query_data(adata, reference)
+    soft = model.predict(soft=True).iloc[5:]
+    np.testing.assert_allclose(soft, stored["probabilities"][5:], atol=1e-5)
+    assert list(model.fields.batches)[-1] == "b9"
+    assert not model.state_diff(reference).changed.any()
+
+
 def test_bad_references(reference, query, tmp_path):
     reference.save(tmp_path / "damaged")
     (tmp_path / "damaged" / "model.json").write_text("{")
