@@ -16,6 +16,11 @@ from pyro_scanvi.data import UNLABELED, CellData
 from pyro_scanvi.interop import ScviSave
 
 UNS_KEY = "pyro_scanvi"
+MEND_UNSEEN = {  # by what is unseen
+    "labels": "name new labels in extend_labels of SCANVI.load_query_data",
+    "batches": "SCANVI.load_query_data(adata, reference, extend_categories=True) makes new ones",
+    "categories": "SCANVI.load_query_data(adata, reference, extend_categories=True) makes new ones",
+}
 NAMES_SHOWN = 5
 WRITTEN = ("scanvi_prediction", "scanvi_confidence")  # columns of obs
 
@@ -164,7 +169,7 @@ class Fields:
     def encode(self, adata: ad.AnnData) -> CellData:
         """Arrays of an AnnData with these fields; unseen categories and other genes are errors."""
         check_names(adata)
-        self._check_genes(adata)
+        self.check_genes(adata)
         counts = counts_of(adata, self.layer)
         check_counts(counts, adata)
         keys = [self.batch_key, self.size_factor_key]
@@ -179,7 +184,19 @@ class Fields:
             size_factor=self._size_factor(adata),
         )
 
-    def _check_genes(self, adata: ad.AnnData) -> None:
+    def sizes(self) -> dict[str, Any]:
+        """The arguments of the model that genes, columns and categories give."""
+        return {
+            "n_input": len(self.genes),
+            "n_batch": len(self.batches),
+            "n_labels": len(self.classes),
+            "n_continuous_cov": len(self.continuous_covariate_keys),
+            "n_cats_per_cov": [len(c) for c in self.covariate_categories],
+            "use_size_factor_key": bool(self.size_factor_key),
+        }
+
+    def check_genes(self, adata: ad.AnnData) -> None:
+        """Refuse other genes than those of the model, or another order."""
         if adata.n_vars == len(self.genes) and (adata.var_names == self.genes).all():
             return
         missing = pd.Index(self.genes).difference(adata.var_names)
@@ -188,7 +205,8 @@ class Fields:
             f"the genes differ from those that the model was set up with: {len(missing)} of "
             f"{len(self.genes)} are missing{_first(missing)}, {len(extra)} are new{_first(extra)}"
             + ("" if len(missing) or len(extra) else ", the order differs")
-            + "; reorder with adata[:, genes]"
+            + "; reorder with adata[:, genes], or let SCANVI.prepare_query_anndata(adata, "
+            "reference) reorder and fill them"
         )
 
     def _label_codes(self, adata: ad.AnnData) -> np.ndarray:
@@ -411,6 +429,7 @@ def _codes(column: pd.Series, known: Iterable, where: str, what: str) -> np.ndar
             f"{where} has {len(unseen)} {what} that the model has not seen{_first(unseen)}; it "
             f"knows {', '.join(index[:NAMES_SHOWN])}"
             + (", ..." if len(index) > NAMES_SHOWN else "")
+            + f"; {MEND_UNSEEN[what]}"
         )
     return codes.astype(np.int64)
 

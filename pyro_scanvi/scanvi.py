@@ -20,9 +20,12 @@ from pyro_scanvi import (
     differential,
     elbo,
     expression,
+    freezing,
+    growing,
     importance,
     interop,
     posterior,
+    query,
     saving,
     training,
 )
@@ -84,6 +87,8 @@ class SCANVI:
         calibration_error of the labelled cells.
     training_settings
         How :meth:`train` was last called.
+    freeze
+        What may move in training, of a model that :meth:`load_query_data` made; otherwise None.
 
     Raises
     ------
@@ -114,6 +119,7 @@ class SCANVI:
             self.module = SCANVAE(**(self._given_by_data() | vae_arguments)).eval()
         self.history = pd.DataFrame()
         self.training_settings: dict[str, Any] = {}
+        self.freeze: freezing.Freeze | None = None
 
     @classmethod
     def load_scvi_tools(
@@ -362,8 +368,9 @@ class SCANVI:
     ) -> None:
         data = replace(self._data, weight=weights_of(self.adata, cell_weights))
         rows = self.history.to_dict("records")
+        guards = freezing.callbacks(self.module, self.freeze)
         try:
-            training.fit(self.module, data, plan, course, options, rows, ckpt_path)
+            training.fit(self.module, data, plan, course, options, rows, ckpt_path, guards)
         except NonFiniteError as error:
             error.name(self.adata.obs_names, self.fields.genes)
             raise
@@ -1063,6 +1070,183 @@ class SCANVI:
                 )
         return pd.concat(tables)
 
+    @staticmethod
+    def prepare_query_anndata(
+        adata: ad.AnnData,
+        reference: "SCANVI | str | Path",
+        return_reference_var_names: bool = False,
+    ) -> ad.AnnData | pd.Index:
+        """A new AnnData of the same cells with the genes of a reference, in its order.
+
+        Genes that the reference lacks are left out; genes that `adata` lacks are zero in ``X``
+        and in every layer, and ``var["in_query"]`` is False for them. Sparse matrices stay sparse
+        and become CSR. ``obs``, ``obsm``, ``obsp`` and ``uns`` are copied; other columns of
+        ``var``, ``varm`` and ``raw`` are not. `adata` itself stays as it is, so nothing is lost
+        (scvi-tools works in place).
+
+        Parameters
+        ----------
+        adata
+            Cells with raw counts where the reference reads them.
+        reference
+            A model, or the folder of a saved one.
+        return_reference_var_names
+            Return the names of the reference's genes instead.
+
+        Raises
+        ------
+        InputError
+            If no gene is shared, the reference is none, or the layer with the counts is missing.
+
+        Warns
+        -----
+        UserWarning
+            If fewer than 80 % of the reference's genes are there.
+        """
+        fields = _as_reference(reference).fields
+        if return_reference_var_names:
+            return pd.Index(fields.genes)
+        return query.prepare(adata, fields)
+
+    @classmethod
+    def load_query_data(
+        cls,
+        adata: ad.AnnData,
+        reference: "SCANVI | str | Path",
+        *,
+        unfrozen: bool = False,
+        freeze_dropout: bool = False,
+        freeze_expression: bool = True,
+        freeze_decoder_first_layer: bool = True,
+        freeze_batchnorm_encoder: bool = True,
+        freeze_batchnorm_decoder: bool = False,
+        freeze_classifier: bool = True,
+        extend_labels: Iterable[str] = (),
+        extend_categories: bool = True,
+        seed: int | None = None,
+    ) -> "SCANVI":
+        """A model of new cells that holds the weights of a trained reference (scArches).
+
+        Batches and covariate categories that the reference has not seen become new ones. They
+        start as an average old one (see :mod:`pyro_scanvi.growing`), so the model can predict at
+        once; cells of old categories get the outputs of the reference. :meth:`train` then moves,
+        of all weights:
+
+        - always: the entries of new categories, that is the one-hot columns of new batches and
+          categories in the decoder of x (and in the encoders of z and l with
+          ``encode_covariates``), rows of the batch embedding, and rows of ``dispersion=
+          "gene-batch"``; for new labels the rows of the classifier's last layer and of
+          ``dispersion="gene-label"``, and the columns in the u encoder and the decoder of z;
+        - by each flag that is False, what that flag names.
+
+        All else does not change by one bit, whatever the optimiser; :meth:`state_diff` proves it.
+        Not even the l encoder moves, unlike in scvi-tools. Unless ``encode_covariates``, or a
+        flag, lets the encoder or the classifier move, predictions are those of the reference,
+        trained or not: training teaches the decoder alone. Where the query is a single new batch,
+        a batch norm that trains takes away whatever the batch's column adds before it, and learns
+        the shift of the batch itself; for the columns to learn, freeze the batch norms.
+
+        The prior of a latent library is that of the reference for old batches and comes from the
+        query for new ones.
+
+        Parameters
+        ----------
+        adata
+            Cells with the genes of the reference (see :meth:`prepare_query_anndata`) and its
+            columns of ``obs``; a column of labels may be missing. It is set up on the way.
+        reference
+            A model, or the folder of a saved one; it stays as it is. May be a query model itself.
+        unfrozen
+            Everything trains; the other flags are not read.
+        freeze_dropout
+            No dropout while training.
+        freeze_expression
+            False: the whole first linear layer of the encoders of z and l trains.
+        freeze_decoder_first_layer
+            False: the whole first linear layer of the decoder of x trains.
+        freeze_batchnorm_encoder
+            False: batch norms of the encoders of z, l and u train, their weights and statistics.
+        freeze_batchnorm_decoder
+            False, the default: batch norms of the decoders of x and z train, their weights and
+            statistics. Cells of the reference are then decoded differently after training; True
+            keeps the reference exactly.
+        freeze_classifier
+            False: the whole classifier trains, its batch norms included.
+        extend_labels
+            Labels of the query that the reference does not know. Old labels keep their relative
+            prior probabilities, each new one of L labels has 1 / L. A new type is told apart only
+            as far as the frozen layers before the last one tell it apart; with
+            ``freeze_classifier=False, freeze_expression=False`` it is learned faster.
+        extend_categories
+            False: an unseen batch or category is an error.
+        seed
+            Of later training; None is that of the reference.
+
+        Raises
+        ------
+        InputError
+            If the reference is none, genes or columns are missing, labels are unknown and not
+            among `extend_labels` or those clash with known ones, the labels have groups while
+            some are new, or a parameter of one's own depends on the number of categories.
+
+        Warns
+        -----
+        UserWarning
+            If a label of `extend_labels` labels no cell.
+
+        References
+        ----------
+        Lotfollahi et al. (2022), Nat Biotechnol 40:121.
+        """
+        source = _as_reference(reference)
+        seed = source.seed if seed is None else seed
+        check_at_least(0, seed=seed)
+        flags = {
+            "unfrozen": unfrozen,
+            "freeze_dropout": freeze_dropout,
+            "freeze_expression": freeze_expression,
+            "freeze_decoder_first_layer": freeze_decoder_first_layer,
+            "freeze_batchnorm_encoder": freeze_batchnorm_encoder,
+            "freeze_batchnorm_decoder": freeze_batchnorm_decoder,
+            "freeze_classifier": freeze_classifier,
+        }
+        fields = query.extended(source.fields, adata, extend_labels, extend_categories)
+        arguments = source.grown_arguments(len(fields.classes))
+        freezing.Freeze(new={}, **flags)  # checks them before the AnnData is touched
+        fields.store(adata)
+        model = cls(adata, seed=seed, **arguments)
+        with torch.random.fork_rng():
+            model.module = growing.grow(source.vae, model._given_by_data() | arguments)
+        model.freeze = freezing.frozen(source.vae, model.module, **flags)
+        return model
+
+    def state_diff(self, reference: "SCANVI | str | Path") -> pd.DataFrame:
+        """What differs from a reference, entry by entry: the proof of a freeze.
+
+        Parameters
+        ----------
+        reference
+            The model that this one was loaded from, or its folder.
+
+        Returns
+        -------
+        DataFrame
+            One row for each tensor of the state dict, buffers included: ``name``; ``entries``;
+            ``new``, entries of categories that the reference has not; ``trainable``, entries
+            that training may move; ``changed``, entries that are not new and differ in any bit;
+            ``max_change``, the largest absolute difference among them. A variable of one category
+            has no one-hot column: where it grew, the old category's column counts as zeros of the
+            reference. With new labels ``y_prior`` differs, as its sum stays 1.
+
+        Raises
+        ------
+        InputError
+            If this model did not grow out of the reference.
+        """
+        source = _as_reference(reference)
+        query.check_grown(source.fields, self.fields)
+        return pd.DataFrame(freezing.state_diff(self.module, source.vae, self.freeze))
+
     def annotate(self, adata: ad.AnnData | None = None) -> ad.AnnData:
         """Write predictions and latent space into an AnnData; None is the training data.
 
@@ -1111,6 +1295,7 @@ class SCANVI:
             "fields": saving.plain(asdict(self.fields), "a field"),
             "history": self.history.to_dict(orient="list"),
             "training_settings": self.training_settings,
+            "freeze": None if self.freeze is None else asdict(self.freeze),
         }
         adata = self.adata if save_anndata else None
         saving.write_model(directory, self.module.state_dict(), record, adata)
@@ -1140,6 +1325,9 @@ class SCANVI:
         model.module.load_state_dict(state)
         model.history = pd.DataFrame(record["history"])
         model.training_settings = record["training_settings"]
+        if record.get("freeze"):  # not in records of plain models, nor in old ones
+            model.freeze = freezing.Freeze(**record["freeze"])
+            freezing.hold(model.module, model.freeze)
         return model
 
     def _record(self) -> dict[str, Any]:
@@ -1159,14 +1347,7 @@ class SCANVI:
 
     def _given_by_data(self) -> dict[str, Any]:
         """Sizes, and the prior of a latent library."""
-        sizes = {
-            "n_input": len(self.fields.genes),
-            "n_batch": len(self.fields.batches),
-            "n_labels": len(self.fields.classes),
-            "n_continuous_cov": len(self.fields.continuous_covariate_keys),
-            "n_cats_per_cov": [len(c) for c in self.fields.covariate_categories],
-            "use_size_factor_key": bool(self.fields.size_factor_key),
-        }
+        sizes = self.fields.sizes()
         if self.vae_arguments.get("use_observed_lib_size", True):
             return sizes
         means, variances = library_prior(self._data, sizes["n_batch"])
@@ -1219,3 +1400,15 @@ def _check_sampling(n_samples: int, n_samples_overall: int | None, weights: str 
 
 def _mean_or_each(values: np.ndarray, mean: bool) -> float | np.ndarray:
     return float(values.mean(dtype=np.float64)) if mean else values
+
+
+def _as_reference(reference: SCANVI | str | Path) -> query.Reference:
+    """What a query needs of a model or of the folder of a saved one."""
+    if isinstance(reference, SCANVI):
+        parts = (reference.module, reference.fields, reference.vae_arguments, reference.seed)
+        return query.Reference(*parts)
+    if isinstance(reference, str | Path):
+        return query.Reference.read(Path(reference))
+    raise InputError(
+        f"the reference is a {type(reference).__name__}, expected a SCANVI or the folder of one"
+    )

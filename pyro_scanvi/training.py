@@ -35,10 +35,12 @@ def fit(
     options: TrainerOptions,
     history: Rows,
     ckpt_path: Path | None = None,
+    guards: Sequence[Callback] = (),
 ) -> None:
     """Train `vae` in place and append to `history`; leaves the model in eval mode.
 
-    Epochs are counted on from those in the history: training on shuffles and draws anew.
+    Epochs are counted on from those in the history: training on shuffles and draws anew. `guards`
+    are callbacks of the model itself, for every phase.
 
     Raises
     ------
@@ -47,7 +49,7 @@ def fit(
     NonFiniteError
         If a loss or gradient is not finite; the last good weights are kept.
     """
-    run = _Run.of(vae, data, plan, course, options, history)
+    run = _Run.of(vae, data, plan, course, options, history, guards)
     checkpoint = None
     if ckpt_path is not None:
         checkpoint = checkpoints.read(Path(ckpt_path))
@@ -83,11 +85,12 @@ class _Run:
     course: Course
     options: TrainerOptions
     history: Rows
+    guards: Sequence[Callback]
     positions: tuple[np.ndarray, np.ndarray]  # of the cells to train on and to score
     identity: dict[str, Any]
 
     @classmethod
-    def of(cls, vae, data, plan, course, options, history) -> "_Run":
+    def of(cls, vae, data, plan, course, options, history, guards) -> "_Run":
         """Split the data; refuse what cannot be trained."""
         positions = split(data.label, course.train_size, course.split_seed, course.validation_size)
         watching = {
@@ -100,18 +103,18 @@ class _Run:
         settings = asdict(course) | plan.record()
         fixed = {k: v for k, v in settings.items() if k not in MAY_CHANGE}
         identity = fixed | {"precision": options.precision, "data": checkpoints.digest(data)}
-        return cls(vae, data, plan, course, options, history, positions, identity)
+        return cls(vae, data, plan, course, options, history, guards, positions, identity)
 
     def pretraining(self) -> Phase:
         """The warm start, without the user's callbacks: its scores have other names."""
         story = Unsupervised(self.vae)
         bound = story.objective()(story.model, story.guide)
         plan = replace(self.plan, reduce_lr_on_plateau=False)
-        return Phase("pretrain", self.course.pretrain_epochs, bound, plan)
+        return Phase("pretrain", self.course.pretrain_epochs, bound, plan, self.guards)
 
     def training(self) -> Phase:
         """The objective itself."""
-        callbacks = list(self.options.callbacks)
+        callbacks = [*self.guards, *self.options.callbacks]
         if self.course.early_stopping is not None:
             patience = self.course.early_stopping
             callbacks.append(EarlyStopping("elbo_validation", mode="max", patience=patience))

@@ -12,16 +12,10 @@ LAYERS = [
     {"checks", "data", "distributions", "networks", "metrics", "datasets", "plotting", "baselines"},
     {"likelihoods", "objective", "files", "pickles", "nonfinite", "course", "comparisons"},
     {"scanvae", "saving", "scores", "checkpoints", "callbacks", "differential"},
-    {"plan", "pretraining", "posterior", "interop"},
-    {"trainer", "training_plan"},
-    {"training"},
-    {
-        "fields",
-        "expression",
-        "correlation",
-        "elbo",
-        "importance",
-    },  # fields reads saved scvi-tools models too
+    {"plan", "pretraining", "posterior", "interop", "growing"},
+    {"trainer", "training_plan", "freezing", "expression", "correlation", "elbo", "importance"},
+    {"training", "fields"},  # fields read the registry of a saved scvi-tools model too
+    {"query"},
     {"scanvi"},
     {"cli", "__init__"},
 ]
@@ -42,6 +36,9 @@ ONLY = {  # where a layer would allow more
     "plan": {"checks", "objective", "scanvae"},
     "pretraining": {"data", "objective", "scanvae"},
     "nonfinite": {"data"},
+    "growing": {"checks", "likelihoods", "scanvae"},
+    "freezing": {"checks", "growing", "scanvae"},
+    "query": {"checks", "fields", "growing", "saving", "scanvae"},
 }
 LAZY = {("scanvae", "interop")}  # scanvae answers by scvi-tools' names through interop
 UNKNOWN_TO = {  # the edges that these are kept from
@@ -58,6 +55,8 @@ UNKNOWN_TO = {  # the edges that these are kept from
     "expression": {"anndata", "pandas", "lightning"},
     "correlation": {"anndata", "pandas", "lightning"},
     "elbo": {"anndata", "pandas", "lightning"},
+    "growing": {"anndata", "pandas", "lightning"},
+    "freezing": {"anndata", "pandas"},
 }
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 

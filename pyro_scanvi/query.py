@@ -1,0 +1,176 @@
+"""New cells for a trained reference: brought to its genes, with room for their new categories."""
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from scipy.sparse import csr_matrix, issparse
+
+from pyro_scanvi import saving
+from pyro_scanvi.checks import InputError
+from pyro_scanvi.fields import Fields, categories, check_keys, check_names, counts_of
+from pyro_scanvi.growing import grown_label_prior
+from pyro_scanvi.scanvae import SCANVAE
+
+SMALLEST_OVERLAP = 0.8
+LIBRARY_PRIOR = ("library_log_means", "library_log_vars")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is read of a reference: model, columns and categories, arguments, seed."""
+
+    vae: SCANVAE
+    fields: Fields
+    arguments: Mapping[str, Any]
+    seed: int
+
+    @classmethod
+    def read(cls, directory: Path) -> "Reference":
+        """Of a folder that ``save`` wrote; its cells are not needed."""
+        state, record, _ = saving.read_model(directory, with_anndata=False)
+        fields, arguments = Fields.from_json(record["fields"]), record["arguments"]
+        library = {name: state[name] for name in LIBRARY_PRIOR if name in state}
+        with torch.random.fork_rng():
+            vae = SCANVAE(**(fields.sizes() | arguments | library)).eval()
+        vae.load_state_dict(state)
+        return cls(vae, fields, arguments, record["seed"])
+
+    def grown_arguments(self, n_labels: int) -> dict[str, Any]:
+        """Arguments for a model of more labels; those that depend on batches are left out."""
+        arguments = copy.deepcopy(dict(self.arguments))
+        for name in LIBRARY_PRIOR:  # of old batches from the weights, of new ones from the data
+            arguments.pop(name, None)
+        if n_labels > self.vae.n_labels and arguments.get("labels_groups") is not None:
+            raise InputError(
+                "extend_labels cannot be used with labels_groups: the group of a new label is not "
+                "known; train a model with the new labels and their groups from scratch"
+            )
+        if arguments.get("y_prior") is not None:
+            arguments["y_prior"] = grown_label_prior(self.vae.y_prior, n_labels).tolist()
+        return arguments
+
+
+def prepare(adata: ad.AnnData, fields: Fields) -> ad.AnnData:
+    """A new AnnData of the same cells with the genes of `fields`; zeros where one is missing."""
+    check_names(adata)
+    counts_of(adata, fields.layer)
+    genes = pd.Index(fields.genes)
+    positions = adata.var_names.get_indexer(genes)
+    _check_overlap(genes[positions < 0], genes)
+    return ad.AnnData(
+        X=None if adata.X is None else _columns(adata.X, positions),
+        obs=adata.obs.copy(),
+        var=pd.DataFrame({"in_query": positions >= 0}, index=genes),
+        layers={name: _columns(matrix, positions) for name, matrix in adata.layers.items()},
+        obsm={name: value.copy() for name, value in adata.obsm.items()},
+        obsp={name: value.copy() for name, value in adata.obsp.items()},
+        uns=copy.deepcopy(dict(adata.uns)),
+    )
+
+
+def extended(
+    fields: Fields, adata: ad.AnnData, extend_labels: Iterable, extend_categories: bool
+) -> Fields:
+    """The fields with new labels, and with those batches and categories that they lack."""
+    check_names(adata)
+    fields.check_genes(adata)
+    labels = _checked_labels(fields, extend_labels)
+    fields = replace(fields, classes=_appended(fields.classes, labels))
+    _say_untaught(fields, adata, labels)
+    if not extend_categories:
+        return fields
+    batch_keys = [fields.batch_key] if fields.batch_key else []
+    check_keys(adata, [*batch_keys, *fields.categorical_covariate_keys])
+    known = zip(fields.categorical_covariate_keys, fields.covariate_categories, strict=True)
+    covariates = tuple(_with_unseen(values, adata, key) for key, values in known)
+    batches = [_with_unseen(fields.batches, adata, key) for key in batch_keys] or [fields.batches]
+    return replace(fields, batches=batches[0], covariate_categories=covariates)
+
+
+def check_grown(old: Fields, new: Fields) -> None:
+    """Refuse a model whose categories do not begin with those of the reference."""
+    olds = [old.classes, old.batches, *old.covariate_categories]
+    news = [new.classes, new.batches, *new.covariate_categories]
+    same = np.array_equal(old.genes, new.genes) and len(olds) == len(news)
+    if not same or not all(map(_begins_with, news, olds)):
+        raise InputError(
+            "genes, labels or batches do not begin with those of the reference: this model did "
+            "not grow out of it"
+        )
+
+
+def _begins_with(names: np.ndarray, first: np.ndarray) -> bool:
+    return np.array_equal(names[: len(first)].astype(str), first.astype(str))
+
+
+def _columns(matrix: Any, positions: np.ndarray) -> csr_matrix | np.ndarray:
+    """Columns at `positions`, zeros where -1; sparse ones become CSR and never dense."""
+    there = np.flatnonzero(positions >= 0)
+    shape = (matrix.shape[0], len(positions))
+    if not issparse(matrix):
+        filled = np.zeros(shape, dtype=matrix.dtype)
+        filled[:, there] = np.asarray(matrix)[:, positions[there]]
+        return filled
+    chosen = csr_matrix(matrix)[:, positions[there]]
+    placed = csr_matrix((chosen.data, there[chosen.indices], chosen.indptr), shape=shape)
+    placed.sort_indices()
+    return placed
+
+
+def _check_overlap(missing: pd.Index, genes: pd.Index) -> None:
+    if len(missing) == len(genes):
+        raise InputError(
+            f"none of the reference's {len(genes)} genes ({', '.join(genes[:5])}, ...) is in the "
+            "query; name its genes in the same way (symbols or identifiers, upper or lower case)"
+        )
+    if len(genes) - len(missing) < SMALLEST_OVERLAP * len(genes):
+        warnings.warn(
+            f"{len(missing)} of the reference's {len(genes)} genes are missing in the query "
+            f"({', '.join(missing[:5])}, ...) and count as zero; predictions may be poor",
+            stacklevel=4,
+        )
+
+
+def _checked_labels(fields: Fields, extend_labels: Iterable) -> list:
+    if isinstance(extend_labels, str):
+        raise InputError(f"extend_labels={extend_labels!r}, expected a list: [{extend_labels!r}]")
+    labels = list(extend_labels)
+    known = {str(name) for name in fields.classes}
+    for i, label in enumerate(labels):
+        clashes = {
+            "is a label of the reference": str(label) in known,
+            "is the unlabelled category": str(label) == str(fields.unlabeled_category),
+            "is named twice": str(label) in map(str, labels[:i]),
+        }
+        for clash in (what for what, holds in clashes.items() if holds):
+            raise InputError(f"extend_labels: {label!r} {clash}; name labels that are new, once")
+    return labels
+
+
+def _say_untaught(fields: Fields, adata: ad.AnnData, labels: list) -> None:
+    shown = adata.obs[fields.labels_key].astype(str) if fields.labels_key in adata.obs else []
+    untaught = [str(label) for label in labels if str(label) not in set(shown)]
+    if untaught:
+        warnings.warn(
+            f"no cell of the query is labelled {', '.join(untaught)}: nothing teaches the model "
+            "these new labels",
+            stacklevel=4,
+        )
+
+
+def _with_unseen(known: np.ndarray, adata: ad.AnnData, key: str) -> np.ndarray:
+    found = categories(adata, key)
+    return _appended(known, found[~np.isin(found.astype(str), known.astype(str))])
+
+
+def _appended(known: np.ndarray, new: Iterable) -> np.ndarray:
+    new = list(new)
+    return np.array([*known.tolist(), *new]) if new else known
