@@ -3,8 +3,9 @@ r"""A model with more batches, labels or covariate categories that holds the wei
 Categories are appended, so each old entry of a tensor has a place in the grown one. What is new
 starts as the mean of its siblings, e.g. the column of a new batch as the mean of the old batches'
 columns: an untrained new category is an average old one, nothing depends on a draw (scvi-tools
-draws them), and labels that are not taught disturb nobody. Without siblings (a variable of one category has no one-hot column) it starts as zero, and
-so does the column of the old category, which stays there: the old cells keep their outputs.
+draws them), and labels that are not taught disturb nobody. Without siblings (a variable of one
+category has no one-hot column) it starts as zero, and so does the column of the old category,
+which stays there: the old cells keep their outputs.
 The label prior keeps the old relative frequencies, and each new label gets :math:`1 / L'`:
 
 .. math:: \pi'_y = \pi_y \frac{L}{L'} \quad (y \le L), \qquad \pi'_y = \frac{1}{L'} \quad (y > L)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
