@@ -3,7 +3,7 @@
 Trains on all batches of an .h5ad but one, saves the model, and opens it in a new process that maps
 the batch left out and predicts its labels, which it has never seen:
 
-    python examples/reference_to_query.py CELLS.h5ad --query-batch NAME --folder OUT
+    python examples/reference_to_query.py run CELLS.h5ad --query-batch NAME --folder OUT
 
 The report compares with logistic regression on the same reference cells.
 """
@@ -24,7 +24,6 @@ from pyro_scanvi import SCANVI
 from pyro_scanvi.baselines import baseline_probabilities
 from pyro_scanvi.files import make_folder, read_anndata, write_anndata
 from pyro_scanvi.metrics import label_scores
-from pyro_scanvi.scanvi import FEW_LABELS, FEW_LABELS_PLAN
 
 UNLABELED = "Unknown"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -57,8 +56,8 @@ def run(
     is_query = (adata.obs[batch_key] == query_batch).to_numpy()
     reference = adata[~is_query].copy()
     SCANVI.setup_anndata(reference, labels_key, UNLABELED, batch_key=batch_key)
-    model = SCANVI(reference, seed=seed, encode_covariates=True, **FEW_LABELS)
-    model.train(epochs, plan_kwargs=FEW_LABELS_PLAN)
+    model = SCANVI(reference, seed=seed, encode_covariates=True)
+    model.train(epochs)
     model.save(folder / "model", overwrite=True, save_anndata=True)
     write_anndata(adata[is_query].copy(), folder / "query.h5ad")
     arguments = [folder, "--labels-key", labels_key, "--query-epochs", query_epochs]
@@ -77,16 +76,22 @@ def map_query(
     query.obs[labels_key] = UNLABELED  # what the biologist has: cells without labels
     reference = SCANVI.load(folder / "model")
     query = SCANVI.prepare_query_anndata(query, reference)
-    model = SCANVI.load_query_data(query, reference)
+    model = SCANVI.load_query_data(query, reference, freeze_batchnorm_decoder=True)
     found = {"mapped, not trained on": model.predict(soft=True)}
     model.train(query_epochs)
     found["mapped and trained on"] = model.predict(soft=True)
     found |= baselines(reference, query)
     model.annotate()
     write_anndata(query, folder / "annotated.h5ad")
-    diff = model.state_diff(reference)
-    console.print(f"weights of the reference that changed: {diff['changed'].sum()}", diff, sep="\n")
+    console.print(proof(model.state_diff(reference)), soft_wrap=True)
     console.print(score_table(found, truth, f"{query.n_obs} query cells of a batch never seen"))
+
+
+def proof(diff: pd.DataFrame) -> str:
+    """What training has changed of the reference, and what is new."""
+    new = diff.query("new > 0").to_string(index=False)
+    total = (diff["entries"] - diff["new"]).sum()
+    return f"{diff['changed'].sum()} of the reference's {total} weights changed; new:\n{new}"
 
 
 def baselines(reference: SCANVI, query: ad.AnnData) -> dict[str, pd.DataFrame]:

@@ -63,9 +63,9 @@ class LastGoodWeights(Callback):
         optimizer: Optimizer,
     ) -> None:
         """Keep the weights that gave this gradient, if it is finite."""
-        gradients = [p.grad for p in module.vae.parameters() if p.grad is not None]
         # A sum is not finite where a term is not, and far faster than a look at each.
-        if not torch.stack([gradient.sum() for gradient in gradients]).isfinite().all():
+        sums = [p.grad.sum() for p in module.vae.parameters() if p.grad is not None]
+        if sums and not torch.stack(sums).isfinite().all():
             raise module.diagnose("gradient")
         with torch.no_grad():
             torch._foreach_copy_(self.kept, self.tensors)
