@@ -15,7 +15,7 @@ LAYERS = [
     {"plan", "pretraining", "posterior", "interop", "growing"},
     {"trainer", "training_plan", "freezing", "expression", "correlation", "elbo", "importance"},
     {"training", "fields"},  # fields read the registry of a saved scvi-tools model too
-    {"query"},
+    {"query", "asking"},
     {"scanvi"},
     {"cli", "__init__"},
 ]
