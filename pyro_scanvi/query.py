@@ -83,8 +83,8 @@ def extended(
     check_names(adata)
     fields.check_genes(adata)
     labels = _checked_labels(fields, extend_labels)
-    fields = replace(fields, classes=_appended(fields.classes, labels))
     _say_untaught(fields, adata, labels)
+    fields = replace(fields, classes=_appended(fields.classes, labels))
     if not extend_categories:
         return fields
     batch_keys = [fields.batch_key] if fields.batch_key else []
@@ -156,14 +156,24 @@ def _checked_labels(fields: Fields, extend_labels: Iterable) -> list:
 
 
 def _say_untaught(fields: Fields, adata: ad.AnnData, labels: list) -> None:
+    """Warn of new labels that no cell teaches, or that nothing tells from the known ones."""
+    if not labels:
+        return
     shown = adata.obs[fields.labels_key].astype(str) if fields.labels_key in adata.obs else []
     untaught = [str(label) for label in labels if str(label) not in set(shown)]
     if untaught:
-        warnings.warn(
+        message = (
             f"no cell of the query is labelled {', '.join(untaught)}: nothing teaches the model "
-            "these new labels",
-            stacklevel=4,
+            "these new labels"
         )
+    elif not set(shown) & {str(name) for name in fields.classes}:
+        message = (
+            "no cell of the query has a label of the reference: nothing tells the new labels from "
+            "the known ones, and they will be given to cells of known types; label some of those"
+        )
+    else:
+        return
+    warnings.warn(message, stacklevel=4)
 
 
 def _with_unseen(known: np.ndarray, adata: ad.AnnData, key: str) -> np.ndarray:

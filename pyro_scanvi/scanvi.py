@@ -484,7 +484,8 @@ class SCANVI:
             Labels of the query that the reference does not know. Old labels keep their relative
             prior probabilities, each new one of L labels has 1 / L. A new type is told apart only
             as far as the frozen layers before the last one tell it apart; with
-            ``freeze_classifier=False, freeze_expression=False`` it is learned faster.
+            ``freeze_classifier=False, freeze_expression=False`` it is learned better. Label some
+            cells of known types too: nothing else tells the new type from them.
         extend_categories
             False: an unseen batch or category is an error.
         seed

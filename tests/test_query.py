@@ -371,12 +371,20 @@ def test_labels_that_nothing_teaches_are_warned_of(reference, query):
     assert not (model.predict() == "New").any()
 
 
+def test_new_labels_without_known_ones_are_warned_of(reference, query):
+    """Nothing tells them apart."""
+    query.obs["cell_type"] = query.obs["cell_type"].astype(str)
+    query.obs.loc[query.obs_names[0], "cell_type"] = "New"
+    with pytest.warns(UserWarning, match="nothing tells the new labels from the known ones"):
+        SCANVI.load_query_data(query, reference, extend_labels=["New"])
+
+
 def test_groups_of_labels(query):
     """They stay with new batches; the group of a new label is not known."""
     groups = {"labels_groups": [0, 1, 1], "use_labels_groups": True}
     reference = model_of(cohort(REFERENCE_BATCHES), **groups)
     assert SCANVI.load_query_data(query, reference).module.n_batch == 3
-    query.obs.loc[query.obs_names[0], "cell_type"] = "New"
+    query.obs.loc[query.obs_names[:2], "cell_type"] = ["New", reference.fields.classes[0]]
     with pytest.raises(InputError, match="extend_labels cannot be used with labels_groups"):
         SCANVI.load_query_data(query, reference, extend_labels=["New"])
 
