@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_scanvi.checks import InputError
 from pyro_scanvi.data import CellData
-from pyro_scanvi.files import replacing
+from pyro_scanvi.files import make_folder, replacing
 
 KEY = "pyro_scanvi"
 LAST = "last.ckpt"
@@ -51,6 +51,36 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.path)
 
 
+def find(ckpt_path: str | Path | None, folder: str | Path | None) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start; makes the folder for new ones.
+
+    Parameters
+    ----------
+    ckpt_path
+        A file; "last" for the one in `folder`, if there is one; None for a fresh start.
+    folder
+        Where this run keeps its own; None if nowhere.
+
+    Raises
+    ------
+    InputError
+        If a fresh start would replace a checkpoint, or "last" has no folder to look in.
+    """
+    if folder is not None:
+        make_folder(Path(folder))
+    last = None if folder is None else Path(folder) / LAST
+    if ckpt_path == "last" and last is None:
+        raise InputError("ckpt_path='last' needs checkpoint_dir, where the last one is looked for")
+    if ckpt_path == "last":
+        return last if last.is_file() else None
+    if ckpt_path is None and last is not None and last.is_file():
+        raise InputError(
+            f"{last} is there, and a fresh start would replace it; go on from it with "
+            "ckpt_path='last', or choose another checkpoint_dir"
+        )
+    return None if ckpt_path is None else Path(ckpt_path)
+
+
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint of :class:`LastCheckpoint`; InputError if it is damaged or something else."""
     if not path.is_file():
@@ -64,6 +94,16 @@ def read(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no checkpoint of pyro_scanvi: {error}") from error
     return checkpoint
+
+
+def check_epochs(checkpoint: Mapping[str, Any], max_epochs: int) -> None:
+    """Refuse to go on from a checkpoint that lies behind the end."""
+    done = checkpoint["epoch"] + 1
+    if checkpoint[KEY]["phase"] == "train" and done > max_epochs:
+        raise InputError(
+            f"max_epochs={max_epochs}, but the checkpoint was written after {done} epochs; ask for "
+            "as many or more"
+        )
 
 
 def check_resumable(

@@ -292,11 +292,13 @@ class SCANVI:
         accelerator, devices, precision
             As for Lightning's Trainer: one device; "32-true", "64-true" or "bf16-mixed".
         checkpoint_dir
-            Folder to keep ``last.ckpt`` in, the state after the last epoch that ended.
+            Folder to keep ``last.ckpt`` in, the state after the last epoch that ended. One that is
+            there is not replaced by a fresh start.
         ckpt_path
             Go on from such a file. Make the model and call this with the arguments that it was
             started with: it ends as if it had never stopped, bit for bit. Only `max_epochs` may
-            differ. No pickle is executed.
+            be larger. "last" is the file in `checkpoint_dir` if there is one, so that a script can
+            be started again as it is. No pickle is executed.
         progress_bar
             Show one.
         seed

@@ -34,7 +34,7 @@ def fit(
     course: Course,
     options: TrainerOptions,
     history: Rows,
-    ckpt_path: Path | None = None,
+    ckpt_path: str | Path | None = None,
     guards: Sequence[Callback] = (),
 ) -> None:
     """Train `vae` in place and append to `history`; leaves the model in eval mode.
@@ -45,15 +45,18 @@ def fit(
     Raises
     ------
     InputError
-        If early stopping has no held-out cells, or the checkpoint is damaged or of another run.
+        If early stopping has no held-out cells, or the checkpoint is damaged, of another run, or
+        would be replaced.
     NonFiniteError
         If a loss or gradient is not finite; the last good weights are kept.
     """
     run = _Run.of(vae, data, plan, course, options, history, guards)
     checkpoint = None
+    ckpt_path = checkpoints.find(ckpt_path, options.checkpoint_dir)
     if ckpt_path is not None:
-        checkpoint = checkpoints.read(Path(ckpt_path))
+        checkpoint = checkpoints.read(ckpt_path)
         checkpoints.check_resumable(checkpoint, run.identity, vae.state_dict())
+        checkpoints.check_epochs(checkpoint, course.max_epochs)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(quiet_lightning())

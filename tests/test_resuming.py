@@ -132,6 +132,37 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert_equal(run({}, ckpt_path=tmp_path / "last.ckpt"), whole)
 
 
+def test_last_starts_or_goes_on(tmp_path):
+    """The same call, before and after a stop."""
+    first = run({}, tmp_path / "new", epochs=2, ckpt_path="last")
+    assert first.n_epochs_trained == 2
+    assert_equal(run({}, tmp_path / "new", ckpt_path="last"), run({}))
+    with pytest.raises(InputError, match="needs checkpoint_dir"):
+        run({}, ckpt_path="last")
+
+
+def test_a_checkpoint_is_not_replaced_by_a_fresh_start(tmp_path):
+    run({}, tmp_path, epochs=1)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    with pytest.raises(InputError, match="a fresh start would replace it"):
+        run({}, tmp_path)
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+def test_a_folder_that_takes_no_files_is_found_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    model = small_model(simulated())
+    with pytest.raises(InputError, match="cannot be made"):
+        model.train(1, progress_bar=False, checkpoint_dir=tmp_path / "file")
+    assert model.history.empty
+
+
+def test_fewer_epochs_than_were_done(tmp_path):
+    run({}, tmp_path, epochs=3)
+    with pytest.raises(InputError, match="max_epochs=2, but the checkpoint .* after 3 epochs"):
+        run({}, epochs=2, ckpt_path=tmp_path / "last.ckpt")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """That of a short run; tests only read it."""
