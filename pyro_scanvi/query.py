@@ -36,6 +36,7 @@ class Reference:
     def read(cls, directory: Path) -> "Reference":
         """Of a folder that ``save`` wrote; its cells are not needed."""
         state, record, _ = saving.read_model(directory, with_anndata=False)
+        saving.check_class(record, SCANVAE)
         fields, arguments = Fields.from_json(record["fields"]), record["arguments"]
         library = {name: state[name] for name in LIBRARY_PRIOR if name in state}
         with torch.random.fork_rng():

@@ -52,6 +52,8 @@ class SCANVI:
         An AnnData that :meth:`setup_anndata` has seen.
     seed
         Of the initial weights.
+    module_class
+        :class:`~pyro_scanvi.SCANVAE` or a subclass of one's own, with other factors.
     **vae_arguments
         Arguments of :class:`~pyro_scanvi.SCANVAE`, such as ``n_hidden=128`` or ``n_latent=10``;
         those that the data give (numbers of genes, batches, labels, covariates) are not among
@@ -87,7 +89,13 @@ class SCANVI:
     >>> adata.obs["predicted"] = model.predict()
     """
 
-    def __init__(self, adata: ad.AnnData, seed: int = 0, **vae_arguments: Any):
+    def __init__(
+        self,
+        adata: ad.AnnData,
+        seed: int = 0,
+        module_class: type[SCANVAE] = SCANVAE,
+        **vae_arguments: Any,
+    ):
         check_at_least(0, seed=seed)
         self.fields = Fields.from_uns(adata)
         self.adata = adata
@@ -98,7 +106,7 @@ class SCANVI:
         self.vae_arguments = vae_arguments
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.module = SCANVAE(**(self._given_by_data() | vae_arguments)).eval()
+            self.module = module_class(**(self._given_by_data() | vae_arguments)).eval()
         self.history = pd.DataFrame()
         self.training_settings: dict[str, Any] = {}
         self.freeze: freezing.Freeze | None = None
@@ -525,7 +533,7 @@ class SCANVI:
         arguments = source.grown_arguments(len(fields.classes))
         freezing.Freeze(new={}, **flags)  # checks them before the AnnData is touched
         fields.store(adata)
-        model = cls(adata, seed=seed, **arguments)
+        model = cls(adata, seed, type(source.vae), **arguments)
         with torch.random.fork_rng():
             model.module = growing.grow(source.vae, model._given_by_data() | arguments)
         model.freeze = freezing.frozen(source.vae, model.module, **flags)
@@ -602,6 +610,7 @@ class SCANVI:
         record = {
             "version": version("pyro-scanvi"),
             "seed": self.seed,
+            "module_class": type(self.module).__qualname__,
             "arguments": saving.plain(self.vae_arguments, "the model's argument"),
             "fields": saving.plain(asdict(self.fields), "a field"),
             "history": self.history.to_dict(orient="list"),
@@ -612,7 +621,12 @@ class SCANVI:
         saving.write_model(directory, self.module.state_dict(), record, adata)
 
     @classmethod
-    def load(cls, directory: str | Path, adata: ad.AnnData | None = None) -> "SCANVI":
+    def load(
+        cls,
+        directory: str | Path,
+        adata: ad.AnnData | None = None,
+        module_class: type[SCANVAE] = SCANVAE,
+    ) -> "SCANVI":
         """Open a model that :meth:`save` wrote; its predictions are equal to the bit.
 
         Parameters
@@ -622,17 +636,20 @@ class SCANVI:
         adata
             Cells with the genes and categories of the training data; None is the AnnData that was
             saved with the model.
+        module_class
+            The class that the model was made with: a folder holds weights, and no code.
 
         Raises
         ------
         InputError
             If the folder is damaged, holds no AnnData while none is given, or the AnnData differs
-            from what the model knows; it says in what.
+            from what the model knows; it says in what. If `module_class` has another name.
         """
         state, record, saved = saving.read_model(Path(directory), with_anndata=adata is None)
+        saving.check_class(record, module_class)
         adata = saved if adata is None else adata
         Fields.from_json(record["fields"]).store(adata)
-        model = cls(adata, seed=record["seed"], **record["arguments"])
+        model = cls(adata, record["seed"], module_class, **record["arguments"])
         model.module.load_state_dict(state)
         model.history = pd.DataFrame(record["history"])
         model.training_settings = record["training_settings"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_scanvi import SCANVAE, SemiSupervisedELBO
+from pyro_scanvi import SCANVAE, SCANVI, InputError, SemiSupervisedELBO
 from pyro_scanvi.likelihoods import GeneLikelihood
-from tests.examples import SIZES, random_cells
+from tests.examples import SIZES, random_cells, simulated, small_model
 
 LONGEST_SWAP = 20  # lines
 
@@ -182,3 +182,35 @@ def test_an_own_classifier_is_asked_by_every_door():
         expected = (plain.classify(cells.x).log_softmax(-1) / 3).softmax(-1)
         for logits in (vae.classify(cells.x), parts_of(vae, cells).logits):
             torch.testing.assert_close(logits.softmax(-1), expected)
+
+
+# ---- in the estimator ---------------------------------------------------------------------------
+
+
+class Sharper(SCANVAE):
+    """Labels twice as sure, with a parameter and an argument of its own."""
+
+    def __init__(self, *args, sharpness=2.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sharpness = nn.Parameter(torch.tensor(sharpness))
+
+    def q_y(self, z):
+        return dist.OneHotCategorical(logits=super().q_y(z).logits * self.sharpness)
+
+
+def test_an_own_class_in_the_estimator(tmp_path):
+    """It trains, is saved, opened and mapped onto; another class is refused."""
+    model = small_model(simulated(), module_class=Sharper, sharpness=3.0)
+    assert isinstance(model.module, Sharper) and model.module.sharpness.item() == 3.0
+    model.train(2, progress_bar=False)
+    assert model.module.sharpness.item() != 3.0
+    model.save(tmp_path / "model")
+    again = SCANVI.load(tmp_path / "model", simulated(), module_class=Sharper)
+    assert (again.predict(soft=True) == model.predict(soft=True)).all(axis=None)
+    with pytest.raises(InputError, match="saved from a Sharper, not a SCANVAE; .*module_class"):
+        SCANVI.load(tmp_path / "model", simulated())
+    with pytest.raises(InputError, match="saved from a Sharper"):
+        SCANVI.load_query_data(simulated(), tmp_path / "model")
+    query = SCANVI.load_query_data(simulated(), again)
+    assert torch.equal(query.module.sharpness, again.module.sharpness)
+    assert isinstance(query.module, Sharper)
