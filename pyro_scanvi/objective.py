@@ -48,7 +48,7 @@ class ObjectiveParts:
     classification
         Cross-entropy of q(y | E z) at the label of each cell; 0 where there is no label.
     logits
-        Logits of q(y | E z), (N, L).
+        Logits of q(y | E z), (N, L); None without a classifier.
     """
 
     loss: Tensor
@@ -56,7 +56,7 @@ class ObjectiveParts:
     kl: dict[str, Tensor]
     kl_global: Tensor
     classification: Tensor
-    logits: Tensor
+    logits: Tensor | None
 
     def elbo(self) -> Tensor:
         """Evidence lower bound of each cell at KL weight 1, without global sites, (N,)."""
@@ -91,7 +91,8 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
     Parameters
     ----------
     classifier
-        From z to the distribution of the label, :meth:`SCANVAE.q_y`.
+        From z to the distribution of the label, :meth:`SCANVAE.q_y`; None leaves the
+        classification term out.
     classification_ratio
         Weight r of the cross-entropy against one cell's ELBO.
     feed_labels
@@ -108,7 +109,7 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
 
     def __init__(
         self,
-        classifier: Callable[[Tensor], OneHotCategorical],
+        classifier: Callable[[Tensor], OneHotCategorical] | None,
         classification_ratio: float = 50.0,
         feed_labels: bool = True,
         kl_weight: float = 1.0,
@@ -132,8 +133,7 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
         seen = cells if self.feed_labels else cells.hide_labels()
         model_trace, guide_trace = next(self._get_traces(model, guide, (seen,), {}))
         elbo = _compute_dice_elbo(model_trace, guide_trace) / cells.n_obs
-        logits = self.classifier(guide_trace.nodes["z"]["fn"].mean).logits
-        wrong = cross_entropy(logits, cells.label, ignore_index=UNLABELED, reduction="none")
+        logits, wrong = self._classify(guide_trace, cells)
         weight = _classification_weight(cells)
         classification = (weight * wrong).sum() / weight.sum().clamp(min=SMALLEST_WEIGHT)
         loss = self.classification_ratio * classification - elbo
@@ -143,6 +143,13 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
         local = costs["local"]
         reconstruction = local.pop("x")
         return ObjectiveParts(loss, reconstruction, local, kl_global, wrong.detach(), logits)
+
+    def _classify(self, guide_trace: Trace, cells: Cells) -> tuple[Tensor | None, Tensor]:
+        """Logits at the mean of q(z | x), and the cross-entropy of each cell, (N,)."""
+        if self.classifier is None:
+            return None, cells.x.new_zeros(len(cells))
+        logits = self.classifier(guide_trace.nodes["z"]["fn"].mean).logits
+        return logits, cross_entropy(logits, cells.label, ignore_index=UNLABELED, reduction="none")
 
     def differentiable_loss(self, model, guide, cells: Cells) -> Tensor:
         """The loss, a scalar with a gradient."""

@@ -9,8 +9,6 @@ as they are.
 """
 
 import pyro
-from pyro.distributions import OneHotCategorical
-from torch import Tensor
 
 from pyro_scanvi.data import Cells
 from pyro_scanvi.objective import SemiSupervisedELBO
@@ -46,11 +44,7 @@ class Unsupervised:
                 pyro.sample("l", vae.q_l(cells))  # N | 1
 
     def objective(self) -> SemiSupervisedELBO:
-        """The ELBO, without a classification term."""
-        elbo = SemiSupervisedELBO(self._prior_of_y, 0.0, closed_form=SITES, weighted=SITES)
+        """The ELBO, without a classification term: the batch norms of the classifier stay."""
+        elbo = SemiSupervisedELBO(None, closed_form=SITES, weighted=SITES)
         elbo.strict_enumeration_warning = False  # there are no types to enumerate
         return elbo
-
-    def _prior_of_y(self, z: Tensor) -> OneHotCategorical:
-        # In place of the classifier, whose batch norms would move.
-        return self.vae.p_y().expand(z.shape[:-1])

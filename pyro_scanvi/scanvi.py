@@ -66,9 +66,10 @@ class SCANVI:
     fields
         The columns and categories that the model was set up with.
     history
-        One row for each epoch and split ("train", "validation"): elbo, reconstruction, one kl_*
-        for each latent site, cross_entropy (nats per cell), accuracy, macro_f1 and
-        calibration_error of the labelled cells.
+        One row for each epoch and split ("train", "validation"; of a warm start "pretrain",
+        "pretrain_validation"): elbo, reconstruction, one kl_* for each latent site,
+        cross_entropy (nats per cell), accuracy, macro_f1 and calibration_error of the labelled
+        cells.
     training_settings
         How :meth:`train` was last called.
     freeze

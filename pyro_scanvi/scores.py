@@ -25,6 +25,8 @@ class EpochScores:
         self.sums["reconstruction"] += parts.reconstruction.sum().item()
         for site, kl in parts.kl.items():
             self.sums[f"kl_{site}"] += kl.sum().item()
+        if parts.logits is None:
+            return
         self.sums["cross_entropy"] += parts.classification.sum().item()
         labelled = cells.labelled
         self.labels.append(cells.label[labelled].cpu())
@@ -34,6 +36,8 @@ class EpochScores:
         """Per cell: ELBO, reconstruction and KLs. Per labelled cell: the rest."""
         n_cells = max(self.n_cells, 1)
         means = {name: total / n_cells for name, total in self.sums.items()}
+        if not self.labels:  # nothing was classified
+            return means
         label = torch.cat(self.labels).numpy()
         if not len(label):
             return means | {"cross_entropy": float("nan")}

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from pyro.infer import TraceEnum_ELBO
 
-from pyro_scanvi import InputError, SemiSupervisedELBO
+from pyro_scanvi import SCANVI, InputError, SemiSupervisedELBO
 from pyro_scanvi.data import UNLABELED, MinibatchSampler, balanced_draw, subsampled_labels
 from pyro_scanvi.pretraining import Unsupervised
 from tests.examples import random_cells, simulated, small_model, small_vae
@@ -233,12 +233,21 @@ def test_the_warm_start_in_the_history():
     model = small_model(simulated()).train(2, **QUIET, pretrain_epochs=3)
     kinds = model.history.groupby("epoch")["split"].agg(set).tolist()
     assert kinds == [{"pretrain", "pretrain_validation"}] * 3 + [{"train", "validation"}] * 2
-    pretrained = model.history.query("split == 'pretrain'")["elbo"]
-    assert pretrained.is_monotonic_increasing
+    pretrained = model.history.query("split == 'pretrain'")
+    assert pretrained["elbo"].is_monotonic_increasing
+    assert pretrained[["accuracy", "cross_entropy", "kl_u", "kl_y"]].isna().all(axis=None)
     assert model.n_epochs_trained == 5
     pd.testing.assert_frame_equal(
         model.history, small_model(simulated()).train(2, **QUIET, pretrain_epochs=3).history
     )
+
+
+def test_the_warm_start_is_saved(tmp_path):
+    model = small_model(simulated()).train(1, **QUIET, pretrain_epochs=1)
+    model.save(tmp_path / "model")
+    again = SCANVI.load(tmp_path / "model", simulated())
+    pd.testing.assert_frame_equal(again.history, model.history)
+    assert again.annotate().uns["pyro_scanvi"]["n_epochs"] == 2
 
 
 def test_early_stopping_leaves_the_warm_start_alone():
