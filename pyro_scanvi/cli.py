@@ -28,7 +28,7 @@ from pyro_scanvi.files import (
     write_anndata,
 )
 from pyro_scanvi.metrics import label_scores
-from pyro_scanvi.scanvi import FEW_LABELS, FEW_LABELS_PLAN, SCANVI, few_labels_epochs
+from pyro_scanvi.scanvi import DEFAULTS, FEW_LABELS_PLAN, SCANVI
 
 app = typer.Typer(
     help="Label every cell of an AnnData from a few labelled ones, with scANVI.",
@@ -99,9 +99,9 @@ def annotate(
     max_epochs: MaxEpochs = None,
     batch_size: BatchSize = 128,
     n_hidden: NHidden = 128,
-    n_latent: NLatent = FEW_LABELS["n_latent"],
-    dropout_rate: DropoutRate = FEW_LABELS["dropout_rate"],
-    linear_classifier: LinearClassifier = FEW_LABELS["linear_classifier"],
+    n_latent: NLatent = DEFAULTS["n_latent"],
+    dropout_rate: DropoutRate = DEFAULTS["dropout_rate"],
+    linear_classifier: LinearClassifier = DEFAULTS["linear_classifier"],
     classification_ratio: ClassificationRatio = FEW_LABELS_PLAN["classification_ratio"],
     early_stopping: EarlyStopping = False,
     seed: Seed = 0,
@@ -132,7 +132,7 @@ def annotate(
             linear_classifier=linear_classifier,
         )
         model.train(
-            max_epochs or few_labels_epochs(adata.n_obs),
+            max_epochs,
             batch_size=batch_size,
             early_stopping=early_stopping,
             plan_kwargs={"classification_ratio": classification_ratio},
@@ -159,8 +159,8 @@ def demo(
         adata = datasets.pbmc68k_counts()
         adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], labels_per_type, seed)
         SCANVI.setup_anndata(adata, "given", "Unknown")
-        model = SCANVI(adata, seed=seed, **FEW_LABELS)
-        model.train(max_epochs or few_labels_epochs(adata.n_obs), plan_kwargs=FEW_LABELS_PLAN)
+        model = SCANVI(adata, seed=seed)
+        model.train(max_epochs, plan_kwargs=FEW_LABELS_PLAN)
         model.annotate()
         write_report(model, folder)
         write_anndata(adata, folder / "annotated.h5ad")

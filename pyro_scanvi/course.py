@@ -66,5 +66,5 @@ class Course:
 
 
 def default_max_epochs(n_cells: int) -> int:
-    """scvi-tools' heuristic: 400 epochs, fewer above 20,000 cells, at least 1."""
-    return max(1, min(round(20_000 / n_cells * 400), 400))
+    """scvi-tools' 400, fewer above 20,000 cells, but 150 at most: learning by heart takes time."""
+    return max(1, min(round(20_000 / n_cells * 400), 150))

@@ -1,5 +1,6 @@
 """SCANVI, the estimator that users meet: AnnData in, AnnData out."""
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -32,15 +33,10 @@ FROM_DATA = (
     "use_size_factor_key",
 )
 
-# For few labels of each type. The defaults, which are those of scvi-tools, learn few labelled cells
-# by heart: the encoder then puts them apart from the unlabelled cells of their type.
-FEW_LABELS = {"linear_classifier": True, "dropout_rate": 0.5, "n_latent": 20}
-FEW_LABELS_PLAN = {"classification_ratio": 500.0}
-
-
-def few_labels_epochs(n_cells: int) -> int:
-    """The default number of epochs, but 150 at most: learning by heart comes with time."""
-    return min(default_max_epochs(n_cells), 150)
+# Where they differ from those of SCANVAE, which are scvi-tools' and learn few labelled cells by
+# heart: the encoder then puts them apart from the unlabelled cells of their type.
+DEFAULTS = {"n_latent": 20, "dropout_rate": 0.5, "linear_classifier": True}
+FEW_LABELS_PLAN = {"classification_ratio": 500.0}  # for about ten labels of each type
 
 
 class SCANVI:
@@ -55,9 +51,9 @@ class SCANVI:
     module_class
         :class:`~pyro_scanvi.SCANVAE` or a subclass of one's own, with other factors.
     **vae_arguments
-        Arguments of :class:`~pyro_scanvi.SCANVAE`, such as ``n_hidden=128`` or ``n_latent=10``;
-        those that the data give (numbers of genes, batches, labels, covariates) are not among
-        them.
+        Arguments of :class:`~pyro_scanvi.SCANVAE`, such as ``n_hidden=128``; those that the data
+        give (numbers of genes, batches, labels, covariates) are not among them. Three have other
+        defaults here: ``n_latent=20``, ``dropout_rate=0.5``, ``linear_classifier=True``.
 
     Attributes
     ----------
@@ -104,10 +100,10 @@ class SCANVI:
         self._data = self.fields.encode(adata)
         for name in set(FROM_DATA).intersection(vae_arguments):
             raise TypeError(f"{name!r} is given by the data; leave it out")
-        self.vae_arguments = vae_arguments
+        self.vae_arguments = DEFAULTS | vae_arguments
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.module = module_class(**(self._given_by_data() | vae_arguments)).eval()
+            self.module = module_class(**(self._given_by_data() | self.vae_arguments)).eval()
         self.history = pd.DataFrame()
         self.training_settings: dict[str, Any] = {}
         self.freeze: freezing.Freeze | None = None
@@ -140,7 +136,7 @@ class SCANVI:
             )
         Fields.from_scvi_save(save).store(adata)
         arguments = save.arguments()
-        model = cls(adata, seed=seed, **_chosen(arguments))
+        model = cls(adata, seed=seed, **_explicit(arguments))
         model.module = SCANVAE.from_scvi_tools(save.state_dict, **arguments)
         return model
 
@@ -179,7 +175,7 @@ class SCANVI:
         if save.model_name != "SCVI":
             raise InputError(f"{directory} holds a {save.model_name}; open it with load_scvi_tools")
         Fields.from_scvi_save(save).labelled_by(adata, labels_key, unlabeled_category).store(adata)
-        model = cls(adata, seed=seed, **_chosen(save.arguments()))
+        model = cls(adata, seed=seed, **_explicit(save.arguments()))
         shared = interop.shared_state(model.module, save.state_dict)
         model.module.load_state_dict(shared, strict=False)
         return model
@@ -273,7 +269,7 @@ class SCANVI:
         Parameters
         ----------
         max_epochs
-            Passes over the data; None is ``min(round(20000 / n_cells * 400), 400)``.
+            Passes over the data; None is ``min(round(20000 / n_cells * 400), 150)``.
         n_samples_per_label
             At most so many cells of each label, drawn anew in each epoch, count in the
             classification term; None is all. The ELBO sees every cell.
@@ -650,7 +646,7 @@ class SCANVI:
         saving.check_class(record, module_class)
         adata = saved if adata is None else adata
         Fields.from_json(record["fields"]).store(adata)
-        model = cls(adata, record["seed"], module_class, **record["arguments"])
+        model = cls(adata, record["seed"], module_class, **_explicit(record["arguments"]))
         model.module.load_state_dict(state)
         model.history = pd.DataFrame(record["history"])
         model.training_settings = record["training_settings"]
@@ -696,9 +692,11 @@ class SCANVI:
         return data.subset(positions), names[positions]
 
 
-def _chosen(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of SCANVAE that the data do not give."""
-    return {k: v for k, v in arguments.items() if k not in FROM_DATA}
+def _explicit(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of a SCANVAE that the data do not give; its own defaults, not ours."""
+    parameters = inspect.signature(SCANVAE).parameters
+    own = {name: parameters[name].default for name in DEFAULTS}
+    return own | {k: v for k, v in arguments.items() if k not in FROM_DATA}
 
 
 def _as_reference(reference: SCANVI | str | Path) -> query.Reference:

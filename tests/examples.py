@@ -8,6 +8,7 @@ import torch
 from pyro_scanvi import SCANVAE, SCANVI, Cells
 
 TYPES = ("B", "NK", "T")
+SMALL = {"n_hidden": 16, "n_latent": 4, "dropout_rate": 0.1, "linear_classifier": False}
 SIZES = {"n_input": 20, "n_labels": 3, "n_hidden": 8, "n_latent": 4}
 
 
@@ -63,4 +64,4 @@ def simulated(n: int = 120, n_genes: int = 20, seed: int = 0) -> ad.AnnData:
 def small_model(adata: ad.AnnData, seed: int = 0, **arguments) -> SCANVI:
     """A small estimator on `adata`, which is set up."""
     SCANVI.setup_anndata(adata, "cell_type", "Unknown")
-    return SCANVI(adata, seed=seed, **({"n_hidden": 16, "n_latent": 4} | arguments))
+    return SCANVI(adata, seed=seed, **(SMALL | arguments))

@@ -14,7 +14,7 @@ from torch import nn
 
 from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.data import library_prior
-from tests.examples import simulated
+from tests.examples import SMALL, simulated
 
 PROFILES = np.random.default_rng(7).normal(size=(4, 20))
 KINDS = np.array(["B", "NK", "T", "New"])
@@ -43,7 +43,7 @@ def model_of(adata, epochs=0, batch_key="batch", **arguments):
     SCANVI.setup_anndata(
         adata, "cell_type", "Unknown", batch_key=batch_key, categorical_covariate_keys=["donor"]
     )
-    model = SCANVI(adata, **({"n_hidden": 16, "n_latent": 4} | arguments))
+    model = SCANVI(adata, **(SMALL | arguments))
     return model.train(epochs, batch_size=32, progress_bar=False)
 
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from pyro_scanvi import SCANVI, InputError
-from tests.examples import TYPES, simulated, small_model
+from pyro_scanvi import SCANVAE, SCANVI, InputError
+from tests.examples import SMALL, TYPES, simulated, small_model
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_annotate(model, tmp_path):
     np.testing.assert_array_equal(adata.obsm["X_scanvi"], model.get_latent_representation())
     record = adata.uns["pyro_scanvi"]
     assert record["n_epochs"] == 40 and record["seed"] == 0
-    assert record["settings"]["model"] == {"n_hidden": "16", "n_latent": "4"}
+    assert record["settings"]["model"] == {name: str(value) for name, value in SMALL.items()}
     last = model.history.query("split == 'validation'").iloc[-1]
     assert record["final_losses"]["validation"]["elbo"] == last["elbo"]
     adata.write_h5ad(tmp_path / "cells.h5ad")
@@ -190,6 +190,21 @@ def test_every_column_reaches_the_model():
         new = adata.copy()
         new.obs[key] = value
         assert not np.allclose(model.predict(new, soft=True), before), key
+
+
+def test_defaults_for_few_labels(tmp_path):
+    """Of the estimator, not of SCANVAE; a folder that does not name them means those of SCANVAE."""
+    adata = simulated()
+    SCANVI.setup_anndata(adata, "cell_type", "Unknown")
+    vae = SCANVI(adata).module
+    assert vae.n_latent == 20 and vae.dropout_rate == 0.5 and not vae.classifier.hidden.layers
+    own = {"n_latent": 10, "dropout_rate": 0.1, "linear_classifier": False}
+    model = SCANVI(adata, **own)
+    assert model.module.state_dict().keys() == SCANVAE(**model.fields.sizes()).state_dict().keys()
+    model.vae_arguments = {}
+    model.save(tmp_path / "model")
+    again = SCANVI.load(tmp_path / "model", adata)
+    assert again.predict(soft=True).equals(model.predict(soft=True))
 
 
 def test_latent_library_takes_its_prior_from_the_data():

@@ -229,7 +229,7 @@ def test_kl_warmup_is_applied():
 
 @pytest.mark.parametrize(
     "n_cells, expected",
-    [(1, 400), (700, 400), (20_000, 400), (20_025, 400), (40_000, 200), (10**6, 8), (10**8, 1)],
+    [(1, 150), (700, 150), (53_000, 150), (54_000, 148), (80_000, 100), (10**6, 8), (10**8, 1)],
 )
 def test_default_number_of_epochs(n_cells, expected):
     assert default_max_epochs(n_cells) == expected
