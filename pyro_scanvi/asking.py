@@ -6,7 +6,7 @@ module that knows tensors only, and gives the answer the names of cells, genes a
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import anndata as ad
 import numpy as np
@@ -17,16 +17,29 @@ from rich.progress import track
 from pyro_scanvi import correlation, differential, elbo, expression, importance, posterior
 from pyro_scanvi.checks import InputError, check_at_least, check_positive, look_up, positions_of
 from pyro_scanvi.comparisons import decoded_batches, find_comparisons
+from pyro_scanvi.data import CellData
+from pyro_scanvi.fields import Fields
 from pyro_scanvi.likelihoods import CountParameters
-
-if TYPE_CHECKING:
-    from pyro_scanvi.scanvi import SCANVI
+from pyro_scanvi.scanvae import SCANVAE
 
 EVALUATION_BATCH_SIZE = 512
 
 
+class Trained(Protocol):
+    """What these functions read of a SCANVI."""
+
+    module: SCANVAE
+    fields: Fields
+    adata: ad.AnnData
+
+    def encoded(
+        self, adata: ad.AnnData | None, indices: Sequence[int] | None
+    ) -> tuple[CellData, pd.Index]:
+        """What the model reads of some cells, and their names; None is the training data, all."""
+
+
 def predict(
-    self: "SCANVI",
+    self: Trained,
     adata: ad.AnnData | None = None,
     indices: Sequence[int] | None = None,
     soft: bool = False,
@@ -96,7 +109,7 @@ def predict(
 
 
 def get_latent_representation(
-    self: "SCANVI",
+    self: Trained,
     adata: ad.AnnData | None = None,
     indices: Sequence[int] | None = None,
     give_mean: bool = True,
@@ -139,7 +152,7 @@ def get_latent_representation(
 
 
 def get_normalized_expression(
-    self: "SCANVI",
+    self: Trained,
     adata: ad.AnnData | None = None,
     indices: Sequence[int] | None = None,
     transform_batch: str | Sequence[str] | None = None,
@@ -221,7 +234,7 @@ def get_normalized_expression(
 
 
 def get_likelihood_parameters(
-    self: "SCANVI",
+    self: Trained,
     adata: ad.AnnData | None = None,
     indices: Sequence[int] | None = None,
     n_samples: int = 1,
@@ -265,7 +278,7 @@ def get_likelihood_parameters(
 
 
 def get_latent_library_size(
-    self: "SCANVI",
+    self: Trained,
     adata: ad.AnnData | None = None,
     indices: Sequence[int] | None = None,
     give_mean: bool = True,
@@ -302,7 +315,7 @@ def get_latent_library_size(
 
 
 def posterior_predictive_sample(
-    self: "SCANVI",
+    self: Trained,
     adata: ad.AnnData | None = None,
     indices: Sequence[int] | None = None,
     transform_batch: str | None = None,
@@ -356,7 +369,7 @@ def posterior_predictive_sample(
 
 
 def get_feature_correlation_matrix(
-    self: "SCANVI",
+    self: Trained,
     adata: ad.AnnData | None = None,
     indices: Sequence[int] | None = None,
     n_samples: int = 10,
@@ -423,7 +436,7 @@ def get_feature_correlation_matrix(
 
 
 def get_elbo(
-    self: "SCANVI",
+    self: Trained,
     adata: ad.AnnData | None = None,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
@@ -464,7 +477,7 @@ def get_elbo(
 
 
 def get_reconstruction_error(
-    self: "SCANVI",
+    self: Trained,
     adata: ad.AnnData | None = None,
     indices: Sequence[int] | None = None,
     batch_size: int | None = None,
@@ -499,7 +512,7 @@ def get_reconstruction_error(
 
 
 def get_marginal_ll(
-    self: "SCANVI",
+    self: Trained,
     adata: ad.AnnData | None = None,
     indices: Sequence[int] | None = None,
     n_mc_samples: int = 1000,
@@ -558,7 +571,7 @@ def get_marginal_ll(
 
 
 def differential_expression(
-    self: "SCANVI",
+    self: Trained,
     adata: ad.AnnData | None = None,
     groupby: str | None = None,
     group1: Any = None,
@@ -702,7 +715,7 @@ def differential_expression(
     return pd.concat(tables)
 
 
-def _batch_codes(model: "SCANVI", names: str | Sequence[str] | None) -> list[int | None]:
+def _batch_codes(model: Trained, names: str | Sequence[str] | None) -> list[int | None]:
     """Codes of the batches to decode cells as; None is the cell's own."""
     if names is None:
         return [None]
@@ -710,7 +723,7 @@ def _batch_codes(model: "SCANVI", names: str | Sequence[str] | None) -> list[int
     return positions_of(names, model.fields.batches, "transform_batch")
 
 
-def _gene_positions(model: "SCANVI", names: Sequence[str] | None) -> slice | list[int]:
+def _gene_positions(model: Trained, names: Sequence[str] | None) -> slice | list[int]:
     """Where the named genes stand; None is all."""
     if names is None:
         return slice(None)

@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from pyro_scanvi import InputError
+from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.training_plan import TrainingPlan
-from tests.examples import simulated, small_model
+from tests.examples import SMALL, simulated, small_model
 
 EPOCHS = 5
+QUERY = {"batch_size": 16, "progress_bar": False, "plan_kwargs": {"weight_decay": 0.1}}
 SETTINGS = {
     "plain": {},
     "everything": {
@@ -130,6 +131,39 @@ def test_a_finished_run_goes_on(tmp_path):
 def test_a_finished_run_is_left_as_it_is(tmp_path):
     whole = run({}, tmp_path)
     assert_equal(run({}, ckpt_path=tmp_path / "last.ckpt"), whole)
+
+
+def test_a_query_is_resumed(stopped_query, tmp_path):
+    """What is frozen stays so, in the rest of the run too."""
+    reference, query = stopped_query
+    resumed = query().train(3, **QUERY, checkpoint_dir=tmp_path, ckpt_path="last")
+    whole = query().train(3, **QUERY)
+    assert_equal(resumed, whole)
+    diff = resumed.state_diff(reference)
+    assert diff.changed.sum() == 0 and diff.new.sum() > 0
+
+
+@pytest.fixture
+def stopped_query(tmp_path, monkeypatch):
+    """A reference, and a maker of query models; one of them was stopped in its second epoch."""
+    adata = simulated()
+    adata.obs["batch"] = np.repeat(["one", "two", "three"], 40)
+    is_new = (adata.obs["batch"] == "three").to_numpy()
+    seen, new = adata[~is_new].copy(), adata[is_new].copy()
+    SCANVI.setup_anndata(seen, "cell_type", "Unknown", batch_key="batch")
+    reference = SCANVI(seen, encode_covariates=True, **SMALL).train(1, **QUERY)
+
+    def query():
+        return SCANVI.load_query_data(new.copy(), reference, freeze_batchnorm_decoder=True)
+
+    def stop(module, outputs, cells, i):
+        if module.epoch == 1:
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(TrainingPlan, "on_train_batch_end", stop)
+        query().train(3, **QUERY, checkpoint_dir=tmp_path)
+    return reference, query
 
 
 def test_last_starts_or_goes_on(tmp_path):
