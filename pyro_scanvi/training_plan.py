@@ -135,7 +135,7 @@ class TrainingPlan(lightning.LightningModule):
 
     def diagnose(self, quantity: str) -> NonFiniteError:
         """What is not finite for the last minibatch; see :mod:`pyro_scanvi.nonfinite`."""
-        checkpoints.set_random_state(self.last_random_state)
+        torch.set_rng_state(self.last_random_state)  # of the CPU; a GPU's would be slow to keep
         bound = self.bound
         fault = first_fault(bound.model, bound.guide, self.last_cells)
         fault.cells = self.last_cells.index.cpu().numpy()[fault.cells]
@@ -143,7 +143,7 @@ class TrainingPlan(lightning.LightningModule):
         return NonFiniteError(quantity, self.epoch, fault, parameters, self.trainer.validating)
 
     def _parts(self, cells: Cells) -> ObjectiveParts:
-        self.last_cells, self.last_random_state = cells, checkpoints.random_state()
+        self.last_cells, self.last_random_state = cells, torch.get_rng_state()
         # The first step of an epoch checks shapes and values; the others save the time.
         checking = self.train_scores.n_cells == 0
         try:
