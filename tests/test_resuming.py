@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -166,6 +167,15 @@ def stopped_query(tmp_path, monkeypatch):
     return reference, query
 
 
+def test_a_warm_start_of_a_query_moves_nothing_frozen(stopped_query):
+    """Weight decay would."""
+    reference, query = stopped_query
+    model = query().train(0, **QUERY, pretrain_epochs=2)
+    assert model.n_epochs_trained == 2
+    diff = model.state_diff(reference)
+    assert diff.changed.sum() == 0 and diff.new.sum() > 0
+
+
 def test_last_starts_or_goes_on(tmp_path):
     """The same call, before and after a stop."""
     first = run({}, tmp_path / "new", epochs=2, ckpt_path="last")
@@ -284,10 +294,11 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     save, left = torch.save, [2]
 
     def fill_the_disk(checkpoint, path):
-        save(checkpoint, path)
         left[0] -= 1
         if not left[0]:
+            Path(path).write_bytes(b"half of it")
             raise OSError("no space left")
+        save(checkpoint, path)
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
     with pytest.raises(OSError, match="no space left"):

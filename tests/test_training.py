@@ -279,6 +279,14 @@ def test_small_minibatches_train(n, batch_size):
 # ---- Ctrl-C, errors and threads -----------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def keyboard():
+    """Ctrl-C as in a terminal: a process in the background starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Interrupt(Callback):
     """Presses Ctrl-C in the second epoch, in one hook."""
 
