@@ -164,6 +164,18 @@ def test_history_goes_on_in_a_second_train():
     assert train(model, 0).n_epochs_trained == 3
 
 
+def test_training_on_draws_anew():
+    """Dropout and samples of a second call are not those of the first; the same seed repeats."""
+    seen = []
+    note = LambdaCallback(on_train_start=lambda *_: seen.append(torch.get_rng_state()))
+    model = small_model(simulated())
+    for _ in range(2):
+        train(model, 1, callbacks=[note])
+    train(small_model(simulated()), 1, callbacks=[note])
+    assert not seen[0].equal(seen[1])
+    assert seen[0].equal(seen[2])
+
+
 def test_a_tenth_of_the_cells_is_held_out():
     """Of 60 labelled and 60 unlabelled cells each class gives a tenth, rounded down."""
     adata = simulated()
