@@ -87,7 +87,6 @@ def predict(
         For an unknown method, a number of draws below 1, or a negative seed.
     """
     check_at_least(1, n_mc_samples=n_mc_samples)
-    check_at_least(0, seed=seed or 0)
     ask = look_up(
         {
             "classifier": partial(
@@ -470,10 +469,8 @@ def get_elbo(
     InputError
         For cells that do not fit the model.
     """
-    data, _ = self.encoded(adata, indices)
-    with posterior.seeded(seed):
-        found = elbo.cell_elbo(self.module, data, _minibatch_size(batch_size), feed_labels)
-    return _mean_or_each(found, return_mean)
+    ask = partial(elbo.cell_elbo, feed_labels=feed_labels)
+    return _of_each_cell(self, ask, adata, indices, batch_size, return_mean, seed)
 
 
 def get_reconstruction_error(
@@ -505,10 +502,8 @@ def get_reconstruction_error(
     InputError
         For cells that do not fit the model.
     """
-    data, _ = self.encoded(adata, indices)
-    with posterior.seeded(seed):
-        found = elbo.cell_reconstruction(self.module, data, _minibatch_size(batch_size))
-    return _mean_or_each(found, return_mean)
+    ask = elbo.cell_reconstruction
+    return _of_each_cell(self, ask, adata, indices, batch_size, return_mean, seed)
 
 
 def get_marginal_ll(
@@ -560,14 +555,13 @@ def get_marginal_ll(
         For a number of draws below 1, or a negative seed.
     """
     check_at_least(1, n_mc_samples=n_mc_samples, n_inner_samples=n_inner_samples)
-    check_at_least(0, seed=seed or 0)
-    data, _ = self.encoded(adata, indices)
-    batch_size = _minibatch_size(batch_size)
-    with posterior.seeded(seed):
-        log_likelihood = importance.marginal_log_likelihood(
-            self.module, data, batch_size, n_mc_samples, n_inner_samples, feed_labels
-        )
-    return float(log_likelihood.mean()) if return_mean else log_likelihood
+    ask = partial(
+        importance.marginal_log_likelihood,
+        n_samples=n_mc_samples,
+        n_inner_samples=n_inner_samples,
+        feed_labels=feed_labels,
+    )
+    return _of_each_cell(self, ask, adata, indices, batch_size, return_mean, seed)
 
 
 def differential_expression(
@@ -685,8 +679,6 @@ def differential_expression(
     0.17 with delta=0.5. Where most calls are sure, the last ones can be genes of low `p_de`.
     """
     differential.check_weights(weights)
-    if seed is not None:
-        check_at_least(0, seed=seed)
     settings = differential.Settings(mode, delta, pseudocounts, test_mode, fdr_target, all_stats)
     batches = decoded_batches(self.fields.batches, batch_correction, batchid1, batchid2)
     check_at_least(max(map(len, batches)), n_samples_overall=n_samples_overall)
@@ -761,5 +753,17 @@ def _check_sampling(n_samples: int, n_samples_overall: int | None, weights: str 
         raise InputError("n_samples and n_samples_overall are both given; choose one")
 
 
-def _mean_or_each(values: np.ndarray, mean: bool) -> float | np.ndarray:
+def _of_each_cell(
+    model: Trained,
+    ask: Callable[[SCANVAE, CellData, int], np.ndarray],
+    adata: ad.AnnData | None,
+    indices: Sequence[int] | None,
+    batch_size: int | None,
+    mean: bool,
+    seed: int | None,
+) -> float | np.ndarray:
+    """A number for each cell, (N,), or their mean."""
+    data, _ = model.encoded(adata, indices)
+    with posterior.seeded(seed):
+        values = ask(model.module, data, _minibatch_size(batch_size))
     return float(values.mean(dtype=np.float64)) if mean else values

@@ -134,9 +134,7 @@ def change(group1: Group, group2: Group, settings: Settings) -> dict[str, np.nda
     return {
         "proba_de": proba_de,
         "proba_not_de": 1 - proba_de,
-        "bayes_factor": bayes_factor(proba_de),
-        "scale1": group1.rho.mean(0, dtype=float),
-        "scale2": group2.rho.mean(0, dtype=float),
+        **_odds_and_scales(proba_de, group1, group2),
         "pseudocounts": np.full(len(proba_de), c),
         "delta": np.full(len(proba_de), delta, dtype=float),
     } | lfc
@@ -148,9 +146,7 @@ def vanilla(group1: Group, group2: Group, settings: Settings) -> dict[str, np.nd
     return {
         "proba_m1": proba_m1,
         "proba_m2": 1 - proba_m1,
-        "bayes_factor": bayes_factor(proba_m1),
-        "scale1": group1.rho.mean(0, dtype=float),
-        "scale2": group2.rho.mean(0, dtype=float),
+        **_odds_and_scales(proba_m1, group1, group2),
     }
 
 
@@ -301,6 +297,16 @@ def _blocks(*draws: np.ndarray) -> Iterator[list[np.ndarray]]:
     for start in range(0, draws[0].shape[1], GENES_AT_ONCE):
         genes = slice(start, start + GENES_AT_ONCE)
         yield [np.ascontiguousarray(rho[:, genes].T, dtype=float) for rho in draws]
+
+
+def _odds_and_scales(
+    probability: np.ndarray, group1: Group, group2: Group
+) -> dict[str, np.ndarray]:
+    return {
+        "bayes_factor": bayes_factor(probability),
+        "scale1": group1.rho.mean(0, dtype=float),
+        "scale2": group2.rho.mean(0, dtype=float),
+    }
 
 
 def _raw_columns(group1: Group, group2: Group) -> dict[str, np.ndarray]:

@@ -12,11 +12,11 @@ def cell_elbo(
     vae: SCANVAE, data: CellData, batch_size: int, feed_labels: bool = False
 ) -> np.ndarray:
     """A bound of log p(x), or with labels fed of log p(x, y), at one draw of z; nats, (N,)."""
-    elbo = SemiSupervisedELBO(vae.q_y, feed_labels=feed_labels)(vae.model, vae.guide)
+    elbo = SemiSupervisedELBO(None, feed_labels=feed_labels)(vae.model, vae.guide)
     return over_minibatches(vae, data, batch_size, lambda cells: elbo.parts(cells).elbo())
 
 
 def cell_reconstruction(vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
     """-log p(x | z, l, y, s) at one draw of z, expected over q(y | z); nats, (N,)."""
-    elbo = SemiSupervisedELBO(vae.q_y, feed_labels=False)(vae.model, vae.guide)
+    elbo = SemiSupervisedELBO(None, feed_labels=False)(vae.model, vae.guide)
     return over_minibatches(vae, data, batch_size, lambda cells: elbo.parts(cells).reconstruction)

@@ -368,8 +368,8 @@ def weights_of(adata: ad.AnnData, weights: str | Sequence[float] | None) -> np.n
             f"cell_weights has shape {values.shape}, expected one number for each of the "
             f"{adata.n_obs} cells"
         )
-    if not (np.isfinite(values) & (values > 0)).all():
-        wrong = ~(np.isfinite(values) & (values > 0))
+    wrong = ~(np.isfinite(values) & (values > 0))
+    if wrong.any():
         raise InputError(
             f"cell_weights holds {values[wrong][0]} for cell {adata.obs_names[wrong][0]!r}, "
             "expected positive numbers; leave cells out by adata[cells]"

@@ -15,7 +15,6 @@ Lotfollahi et al. (2022), Nat Biotechnol 40:121 (scArches, architecture surgery)
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,22 +62,22 @@ class Placement:
         return result
 
 
-def grow(old: SCANVAE, arguments: Mapping[str, Any]) -> SCANVAE:
-    """A model of the same class, in eval mode, with the weights of `old`.
+def grow(old: SCANVAE, new: SCANVAE) -> SCANVAE:
+    """Put the weights of `old` into a larger model of its class; returns that.
 
     Parameters
     ----------
     old
         The reference; it is not changed.
-    arguments
-        Those of the constructor, with sizes at least as large.
+    new
+        A model of its class, of sizes at least as large; it takes up the weights.
 
     Raises
     ------
     InputError
         If a parameter grew that no rule of this module knows.
     """
-    new = type(old)(**arguments).to(old.y_prior).eval()
+    new.to(old.y_prior)
     places, own = placements(old, new), new.state_dict()
     state = {
         name: _initial(name, tensor, own[name], places.get(name))

@@ -530,9 +530,8 @@ class SCANVI:
         arguments = source.grown_arguments(len(fields.classes))
         freezing.Freeze(new={}, **flags)  # checks them before the AnnData is touched
         fields.store(adata)
-        model = cls(adata, seed, type(source.vae), **arguments)
-        with torch.random.fork_rng():
-            model.module = growing.grow(source.vae, model._given_by_data() | arguments)
+        model = cls(adata, seed, type(source.vae), **_explicit(arguments))
+        growing.grow(source.vae, model.module)
         model.freeze = freezing.frozen(source.vae, model.module, **flags)
         return model
 

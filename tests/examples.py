@@ -6,6 +6,7 @@ import pandas as pd
 import torch
 
 from pyro_scanvi import SCANVAE, SCANVI, Cells
+from pyro_scanvi.growing import grow
 
 TYPES = ("B", "NK", "T")
 SMALL = {"n_hidden": 16, "n_latent": 4, "dropout_rate": 0.1, "linear_classifier": False}
@@ -17,6 +18,11 @@ def small_vae(seed: int = 0, **changes) -> SCANVAE:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return SCANVAE(**(SIZES | changes))
+
+
+def enlarged(old: SCANVAE, arguments: dict) -> SCANVAE:
+    """A model of the class of `old`, made with other arguments, that holds its weights."""
+    return grow(old, type(old)(**arguments).eval())
 
 
 def random_cells(

@@ -13,9 +13,8 @@ from torch import nn
 
 from pyro_scanvi import SCANVI, InputError, SemiSupervisedELBO, saving
 from pyro_scanvi.freezing import Freeze, KeepFrozen, frozen, state_diff, trainable
-from pyro_scanvi.growing import grow
 from pyro_scanvi.networks import BatchNorm
-from tests.examples import SIZES, random_cells, simulated, small_vae
+from tests.examples import SIZES, enlarged, random_cells, simulated, small_vae
 
 PLAN = {"weight_decay": 0.1, "lr": 0.01}
 LATENT_LIBRARY = {"use_observed_lib_size": False}
@@ -139,7 +138,9 @@ def test_each_flag_thaws_what_it_names_and_nothing_else(reference, flag):
 def test_flags_name_first_layers_where_there_are_no_hidden_ones():
     """The heads read the input then."""
     vae = small_vae(n_batch=2, n_layers=0)
-    freeze = frozen(vae, grow(vae, SIZES | {"n_layers": 0, "n_batch": 3}), freeze_expression=False)
+    freeze = frozen(
+        vae, enlarged(vae, SIZES | {"n_layers": 0, "n_batch": 3}), freeze_expression=False
+    )
     masks = trainable(small_vae(n_batch=3, n_layers=0), freeze)
     whole = {name for name, mask in masks.items() if mask.all() and "z_encoder" in name}
     assert whole == {f"z_encoder.{h}.{p}" for h in ("mean", "variance") for p in ("weight", "bias")}
@@ -158,7 +159,7 @@ def test_dropout_is_frozen_or_not():
     arguments = SIZES | {"n_batch": 3, "encode_covariates": True, "dropout_rate": 0.5}
     cells = random_cells(vae)
     for freeze_dropout in (True, False):
-        new = grow(vae, arguments)
+        new = enlarged(vae, arguments)
         frozen(vae, new, freeze_dropout=freeze_dropout)
         expected = new.eval().q_z(cells).mean
         assert torch.equal(new.train().q_z(cells).mean, expected) == freeze_dropout
@@ -166,7 +167,7 @@ def test_dropout_is_frozen_or_not():
 
 def test_a_thawed_classifier_keeps_its_dropout_frozen():
     vae = small_vae(dropout_rate=0.5)
-    new = grow(vae, SIZES | {"dropout_rate": 0.5})
+    new = enlarged(vae, SIZES | {"dropout_rate": 0.5})
     frozen(vae, new, freeze_dropout=True, freeze_classifier=False)
     new.train().classifier(torch.randn(5, 4))
     dropouts = [m for m in new.classifier.modules() if isinstance(m, nn.Dropout)]
@@ -199,7 +200,7 @@ OPTIMISERS = {
 def test_any_optimiser(optimiser):
     """Those that would shrink frozen entries, and those that mix entries of a tensor."""
     old = small_vae(n_batch=2, encode_covariates=True)
-    new = grow(old, SIZES | {"n_batch": 3, "encode_covariates": True})
+    new = enlarged(old, SIZES | {"n_batch": 3, "encode_covariates": True})
     freeze = frozen(old, new, **ALL_FROZEN)
     steps = OPTIMISERS[optimiser]([p for p in new.parameters() if p.requires_grad])
     keep = KeepFrozen(new, freeze)
@@ -214,14 +215,14 @@ def test_any_optimiser(optimiser):
             keep.on_train_batch_end(None, None)
     rows = {row["name"]: row for row in state_diff(new, old, freeze)}
     assert not any(row["changed"] for row in rows.values())
-    start = grow(old, SIZES | {"n_batch": 3, "encode_covariates": True}).state_dict()
+    start = enlarged(old, SIZES | {"n_batch": 3, "encode_covariates": True}).state_dict()
     assert any(not torch.equal(v, start[k]) for k, v in new.state_dict().items())
 
 
 def test_an_interrupted_step_is_mended():
     """The exception comes between the optimiser and the end of the minibatch."""
     old = small_vae(n_batch=2)
-    new = grow(old, SIZES | {"n_batch": 3})
+    new = enlarged(old, SIZES | {"n_batch": 3})
     freeze = frozen(old, new, **ALL_FROZEN)
     keep = KeepFrozen(new, freeze)
     keep.on_exception(None, None, KeyboardInterrupt())  # before the start
@@ -333,7 +334,7 @@ def test_state_diff_finds_a_single_bit(value):
     weight = old.x_decoder.hidden.layers[0].linear.weight
     with torch.no_grad():
         weight[3, 1] = 0.0 if value == "minus zero" else 1.0
-    new = grow(old, SIZES | {"n_batch": 3})
+    new = enlarged(old, SIZES | {"n_batch": 3})
     changed = new.x_decoder.hidden.layers[0].linear.weight
     with torch.no_grad():
         changed[3, 1] = -0.0 if value == "minus zero" else float(np.nextafter(np.float32(1), 2))
@@ -348,7 +349,7 @@ def test_state_diff_finds_a_single_bit(value):
 def test_columns_of_a_variable_that_had_one_category_stay_zero():
     """The old category's column counts as an old entry: it may not move either."""
     old = small_vae(n_batch=1)
-    new = grow(old, SIZES | {"n_batch": 2})
+    new = enlarged(old, SIZES | {"n_batch": 2})
     freeze = frozen(old, new)
     name = "x_decoder.hidden.layers.0.linear.weight"
     mask = trainable(new, freeze)[name]

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from pyro_scanvi import SCANVAE, InputError
-from pyro_scanvi.growing import grow
-from tests.examples import SIZES, random_cells, small_vae
+from tests.examples import SIZES, enlarged, random_cells, small_vae
 from tests.test_extension import LearnedMixture
 
 LIBRARY = {"use_observed_lib_size": False}
@@ -62,7 +61,7 @@ def reference_of(sizes, arguments):
 
 def grown(sizes, new_sizes, arguments):
     old = reference_of(sizes, arguments)
-    return old, grow(old, sizes_of(*new_sizes, **arguments))
+    return old, enlarged(old, sizes_of(*new_sizes, **arguments))
 
 
 def answers(vae, cells, n_labels=3):
@@ -114,7 +113,7 @@ def test_without_new_categories_nothing_differs(configuration):
 def test_the_reference_is_not_touched():
     old = reference_of(GROWTHS["everything"][0], {})
     before = copy.deepcopy(old.state_dict())
-    new = grow(old, sizes_of(*GROWTHS["everything"][1]))
+    new = enlarged(old, sizes_of(*GROWTHS["everything"][1]))
     with torch.no_grad():
         for parameter in new.parameters():
             parameter.add_(1)
@@ -203,7 +202,7 @@ class BatchShift(SCANVAE):
 
 def test_parameters_of_the_same_shape_are_copied():
     old = LearnedMixture(**sizes_of(2, [3], 3))
-    new = grow(old, sizes_of(3, [3], 3))
+    new = enlarged(old, sizes_of(3, [3], 3))
     assert type(new) is LearnedMixture
     assert torch.equal(new.centres, old.centres) and torch.equal(new.weights, old.weights)
 
@@ -211,8 +210,8 @@ def test_parameters_of_the_same_shape_are_copied():
 def test_parameters_without_a_rule_are_refused():
     old = BatchShift(**sizes_of(2, [3], 3))
     with pytest.raises(InputError, match=r"shift has shape \(2,\).*\(3,\).*no rule"):
-        grow(old, sizes_of(3, [3], 3))
-    assert grow(old, sizes_of(2, [4], 3)).shift.shape == (2,)
+        enlarged(old, sizes_of(3, [3], 3))
+    assert enlarged(old, sizes_of(2, [4], 3)).shift.shape == (2,)
 
 
 def test_a_dispersion_of_ones_own_is_refused_only_where_it_grows():
@@ -226,8 +225,8 @@ def test_a_dispersion_of_ones_own_is_refused_only_where_it_grows():
 
     old = SCANVAE(**sizes_of(2, [3], 3, dispersion=PerBatch))
     with pytest.raises(InputError, match="dispersion.scale has shape"):
-        grow(old, sizes_of(3, [3], 3, dispersion=PerBatch))
-    grow(old, sizes_of(2, [3], 4, dispersion=PerBatch))
+        enlarged(old, sizes_of(3, [3], 3, dispersion=PerBatch))
+    enlarged(old, sizes_of(2, [3], 4, dispersion=PerBatch))
 
 
 def test_added_modules_are_refused():
@@ -235,4 +234,4 @@ def test_added_modules_are_refused():
     old = small_vae(n_batch=2)
     old.extra = nn.Linear(2, 2)
     with pytest.raises(InputError, match="do not own the same parameters: extra.bias"):
-        grow(old, SIZES | {"n_batch": 3})
+        enlarged(old, SIZES | {"n_batch": 3})

@@ -205,6 +205,8 @@ def test_defaults_for_few_labels(tmp_path):
     model.save(tmp_path / "model")
     again = SCANVI.load(tmp_path / "model", adata)
     assert again.predict(soft=True).equals(model.predict(soft=True))
+    query = SCANVI.load_query_data(adata, tmp_path / "model")
+    assert query.predict(soft=True).equals(model.predict(soft=True))
 
 
 def test_latent_library_takes_its_prior_from_the_data():
