@@ -33,9 +33,13 @@ class Trained(Protocol):
     adata: ad.AnnData
 
     def encoded(
-        self, adata: ad.AnnData | None, indices: Sequence[int] | None
+        self,
+        adata: ad.AnnData | None,
+        indices: Sequence[int] | None,
+        labels: bool = True,
+        covariates: bool = True,
     ) -> tuple[CellData, pd.Index]:
-        """What the model reads of some cells, and their names; None is the training data, all."""
+        """What a question reads of some cells, and their names; None is the training data, all."""
 
 
 def predict(
@@ -97,7 +101,9 @@ def predict(
         method,
         "method",
     )
-    data, names = self.encoded(adata, indices)
+    decodes = method != "classifier"
+    covariates = decodes or self.module.encode_covariates
+    data, names = self.encoded(adata, indices, labels=keep_observed, covariates=covariates)
     with posterior.seeded(seed):
         probabilities = ask(self.module, data, _minibatch_size(batch_size))
     if keep_observed:
@@ -140,7 +146,8 @@ def get_latent_representation(
         For cells that do not fit the model, or `mc_samples` below 1.
     """
     check_at_least(1, mc_samples=mc_samples)
-    data, _ = self.encoded(adata, indices)
+    covariates = self.module.encode_covariates
+    data, _ = self.encoded(adata, indices, labels=False, covariates=covariates)
     size = _minibatch_size(batch_size)
     if return_dist:
         return posterior.latent_moments(self.module, data, size)
@@ -308,7 +315,7 @@ def get_latent_library_size(
             "the library of this model is not latent, so q(l | x) has no mean; "
             "give_mean=False returns the library that the model reads"
         )
-    data, _ = self.encoded(adata, indices)
+    data, _ = self.encoded(adata, indices, labels=False)
     with posterior.seeded(seed):
         return posterior.library_size(self.module, data, _minibatch_size(batch_size), give_mean)
 
@@ -470,7 +477,8 @@ def get_elbo(
         For cells that do not fit the model.
     """
     ask = partial(elbo.cell_elbo, feed_labels=feed_labels)
-    return _of_each_cell(self, ask, adata, indices, batch_size, return_mean, seed)
+    data, _ = self.encoded(adata, indices, labels=feed_labels)
+    return _of_each_cell(self, ask, data, batch_size, return_mean, seed)
 
 
 def get_reconstruction_error(
@@ -502,8 +510,8 @@ def get_reconstruction_error(
     InputError
         For cells that do not fit the model.
     """
-    ask = elbo.cell_reconstruction
-    return _of_each_cell(self, ask, adata, indices, batch_size, return_mean, seed)
+    data, _ = self.encoded(adata, indices, labels=False)
+    return _of_each_cell(self, elbo.cell_reconstruction, data, batch_size, return_mean, seed)
 
 
 def get_marginal_ll(
@@ -561,7 +569,8 @@ def get_marginal_ll(
         n_inner_samples=n_inner_samples,
         feed_labels=feed_labels,
     )
-    return _of_each_cell(self, ask, adata, indices, batch_size, return_mean, seed)
+    data, _ = self.encoded(adata, indices, labels=feed_labels)
+    return _of_each_cell(self, ask, data, batch_size, return_mean, seed)
 
 
 def differential_expression(
@@ -684,6 +693,7 @@ def differential_expression(
     check_at_least(max(map(len, batches)), n_samples_overall=n_samples_overall)
     data, _ = self.encoded(adata, None)
     obs = (self.adata if adata is None else adata).obs
+    obs = self.fields.with_named_unlabeled(obs)
     comparisons = find_comparisons(obs, groupby, group1, group2, idx1, idx2)
     batch_size = _minibatch_size(batch_size)
 
@@ -756,14 +766,12 @@ def _check_sampling(n_samples: int, n_samples_overall: int | None, weights: str 
 def _of_each_cell(
     model: Trained,
     ask: Callable[[SCANVAE, CellData, int], np.ndarray],
-    adata: ad.AnnData | None,
-    indices: Sequence[int] | None,
+    data: CellData,
     batch_size: int | None,
     mean: bool,
     seed: int | None,
 ) -> float | np.ndarray:
     """A number for each cell, (N,), or their mean."""
-    data, _ = model.encoded(adata, indices)
     with posterior.seeded(seed):
         values = ask(model.module, data, _minibatch_size(batch_size))
     return float(values.mean(dtype=np.float64)) if mean else values

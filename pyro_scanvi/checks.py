@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_scanvi.names import name_of, names_of
+
 
 def check_known(
     given: Iterable[str], known: Iterable[str], what: str, error: type[Exception] = TypeError
@@ -48,9 +50,9 @@ def check_positive(**numbers: float) -> None:
 
 
 def positions_of(names: Iterable, known: Iterable, argument: str) -> list[int]:
-    """Where each name stands among the known ones, read as strings; unknown names are refused."""
-    position = {str(name): i for i, name in enumerate(known)}
-    names = [str(name) for name in names]
+    """Where each name stands among the known ones, read as names; unknown names are refused."""
+    position = {name_of(name): i for i, name in enumerate(known)}
+    names = names_of(names)
     if not names:
         raise InputError(f"{argument} is empty; leave it out, or name at least one")
     unknown = [name for name in names if name not in position]

@@ -17,7 +17,8 @@ from rich.table import Table
 from pyro_scanvi import datasets, plotting
 from pyro_scanvi.baselines import baseline_probabilities
 from pyro_scanvi.checks import InputError
-from pyro_scanvi.fields import check_names, empty_cells
+from pyro_scanvi.counts import empty_cells
+from pyro_scanvi.fields import check_names
 from pyro_scanvi.files import (
     check_folder,
     check_writable,

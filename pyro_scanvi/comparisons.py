@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scanvi.checks import InputError, check_known
+from pyro_scanvi.names import name_of, names_of
 
 REST = "Rest"
 
@@ -89,7 +90,7 @@ def decoded_batches(
         given = {"batchid1": batchid1, "batchid2": batchid2}
         _refuse(given, "batch_correction is False, so that each cell stays in its own batch")
         return [None], [None]
-    known = {str(name): code for code, name in enumerate(batches)}
+    known = {name_of(name): code for code, name in enumerate(batches)}
     one, two = (_batch_codes(known, given) for given in (batchid1, batchid2))
     if one != two and set(one) & set(two):
         raise InputError(
@@ -100,7 +101,7 @@ def decoded_batches(
 
 
 def _batch_codes(known: Mapping[str, int], given: Any) -> list[int]:
-    names = list(known) if given is None else [str(name) for name in _listed(given)]
+    names = list(known) if given is None else names_of(_listed(given))
     check_known(names, known, "a batch", InputError)
     if not names:
         raise InputError("batchid1 or batchid2 names no batch; None is all of them")
@@ -111,16 +112,18 @@ def _by_group(obs: pd.DataFrame, groupby: str, group1: Any, group2: Any) -> list
     groups = _groups(obs, groupby)
     if len(groups) == 1:
         raise InputError(f"obs[{groupby!r}] has one group, {next(iter(groups))!r}; compare two")
-    firsts = list(groups) if group1 is None else [str(name) for name in _listed(group1)]
-    if group1 is None and group2 is not None:
-        firsts = [name for name in groups if name != str(group2)]
-    seconds = [] if group2 is None else [str(group2)]
+    firsts = list(groups) if group1 is None else names_of(_listed(group1))
+    seconds = [] if group2 is None else [name_of(group2)]
+    if group1 is None:
+        firsts = [name for name in firsts if name not in seconds]
     check_known([*firsts, *seconds], groups, f"a group of obs[{groupby!r}]", InputError)
     if not firsts:
         raise InputError("group1 names no group; None is all of them")
     if set(firsts) & set(seconds):
         raise InputError(f"group1 and group2 are both {group2!r}; compare two groups")
-    column = obs[groupby].astype(str).to_numpy()
+    if not seconds:
+        _check_rest(obs, groupby)
+    column = _names_of_cells(obs[groupby])
     return [_of_names(column, groups, first, *seconds) for first in dict.fromkeys(firsts)]
 
 
@@ -135,14 +138,26 @@ def _of_names(
 def _groups(obs: pd.DataFrame, groupby: str) -> dict[str, Any]:
     """The values that occur, by how they read."""
     check_known([groupby], obs.columns, "a column of obs", InputError)
-    column = obs[groupby]
-    if column.isna().any():
+    if obs[groupby].ndim > 1:
+        raise InputError(f"obs has several columns {groupby!r}; keep one")
+    values = obs[groupby].astype("category").cat.remove_unused_categories().cat.categories
+    return {name_of(value): value for value in values}
+
+
+def _names_of_cells(column: pd.Series) -> np.ndarray:
+    """The group of each cell by name, None where it has none; (N,)."""
+    cells = column.astype("category").cat
+    return np.array([*names_of(cells.categories), None], dtype=object)[cells.codes]
+
+
+def _check_rest(obs: pd.DataFrame, groupby: str) -> None:
+    """Cells without a value are in no group, and would be in no rest either."""
+    missing = obs[groupby].isna().sum()
+    if missing:
         raise InputError(
-            f"obs[{groupby!r}] has no value in {column.isna().sum()} cells, which are then in no "
-            "group and not in the rest; fill them, or give idx1 and idx2"
+            f"obs[{groupby!r}] has no value in {missing} cells, which are then in no group and "
+            "not in the rest; fill them, name group2, or give idx1 and idx2"
         )
-    values = column.astype("category").cat.remove_unused_categories().cat.categories
-    return {str(value): value for value in values}
 
 
 def _between(obs: pd.DataFrame, first: np.ndarray, idx2: Any) -> Comparison:

@@ -1,5 +1,6 @@
 """The minibatch type, the data set in memory, and the way from one to the other."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -41,7 +42,7 @@ class Cells:
     """
 
     x: Tensor
-    batch: Tensor
+    batch: Tensor  # None only where nothing reads it
     label: Tensor
     index: Tensor
     n_obs: int
@@ -84,14 +85,16 @@ class Cells:
 class CellData(Dataset):
     """All cells of a data set, as arrays; ``data[positions]`` is a minibatch.
 
-    Counts stay as they are, sparse or dense: only the cells of a minibatch are made dense.
+    Counts stay as they are, sparse or dense: only the cells of a minibatch are made dense. Nothing
+    is shared with an AnnData, which its user goes on to change.
 
     Attributes
     ----------
     counts
         (N, G), CSR or dense.
     batch, label
-        Codes, (N,); label is ``UNLABELED`` where it is not known.
+        Codes, (N,); label is ``UNLABELED`` where it is not known; batch is None where it was not
+        given and is not read.
     continuous, categorical, size_factor
         Further covariates, (N, C) and (N, D), and size factors, (N, 1); None where not used.
     weight
@@ -99,7 +102,7 @@ class CellData(Dataset):
     """
 
     counts: csr_matrix | np.ndarray
-    batch: np.ndarray
+    batch: np.ndarray | None
     label: np.ndarray
     continuous: np.ndarray | None = None
     categorical: np.ndarray | None = None
@@ -117,10 +120,21 @@ class CellData(Dataset):
         x = torch.from_numpy(np.asarray(counts, dtype=np.float32))
         return Cells(x=x, index=torch.as_tensor(positions), n_obs=len(self), **tensors)
 
+    def equals(self, other: "CellData") -> bool:
+        """Whether all arrays are the same; sparse and dense counts differ."""
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return all(itertools.starmap(_same, pairs))
+
     def subset(self, positions: np.ndarray) -> "CellData":
         """The cells at `positions`, as a data set of their own."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
         return CellData(**{k: None if v is None else v[positions] for k, v in arrays.items()})
+
+
+def _same(one: csr_matrix | np.ndarray | None, other: csr_matrix | np.ndarray | None) -> bool:
+    if issparse(one) and issparse(other):
+        return one.shape == other.shape and (one != other).nnz == 0
+    return type(one) is type(other) and np.array_equal(one, other)
 
 
 class MinibatchSampler(Sampler[np.ndarray]):

@@ -1,6 +1,5 @@
 """From an AnnData to arrays: which columns mean what, their categories, and checks at the door."""
 
-import difflib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,19 +8,29 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix, issparse
 
+from pyro_scanvi import counts
 from pyro_scanvi.checks import InputError
+from pyro_scanvi.columns import (
+    MISSING,
+    UNSEEN,
+    categories,
+    check_keys,
+    codes_of,
+    column_of,
+    known_codes,
+    listed_keys,
+    names_of_cells,
+    numbers_of,
+    one_key,
+    refuse_unseen,
+)
+from pyro_scanvi.counts import Counts, CountsPlace
 from pyro_scanvi.data import UNLABELED, CellData
 from pyro_scanvi.interop import ScviSave
+from pyro_scanvi.names import NAMES_SHOWN, first, name_of, names_of, reads_unlabeled, renaming
 
 UNS_KEY = "pyro_scanvi"
-MEND_UNSEEN = {  # by what is unseen
-    "labels": "name new labels in extend_labels of SCANVI.load_query_data",
-    "batches": "SCANVI.load_query_data(adata, reference, extend_categories=True) makes new ones",
-    "categories": "SCANVI.load_query_data(adata, reference, extend_categories=True) makes new ones",
-}
-NAMES_SHOWN = 5
 WRITTEN = ("scanvi_prediction", "scanvi_confidence")  # columns of obs
 
 
@@ -44,7 +53,9 @@ class Fields:
     covariate_categories
         Categories of each categorical covariate.
     genes
-        Names of the genes, in order.
+        Names of the genes that the model reads, in order; an AnnData may hold more.
+    use_raw
+        Whether the counts stand in ``raw``.
     """
 
     labels_key: str
@@ -58,6 +69,7 @@ class Fields:
     batches: np.ndarray
     covariate_categories: tuple[np.ndarray, ...]
     genes: np.ndarray
+    use_raw: bool = False
 
     @classmethod
     def from_anndata(
@@ -70,32 +82,46 @@ class Fields:
         size_factor_key: str | None = None,
         categorical_covariate_keys: Iterable[str] | None = None,
         continuous_covariate_keys: Iterable[str] | None = None,
+        use_raw: bool = False,
+        n_top_genes: int | None = None,
     ) -> "Fields":
         """Check an AnnData and find the categories of its columns; raises InputError."""
-        categorical = tuple(categorical_covariate_keys or ())
-        continuous = tuple(continuous_covariate_keys or ())
         check_names(adata)
+        unlabeled = _unlabeled_name(unlabeled_category)
+        one = {"labels_key": labels_key, "batch_key": batch_key, "size_factor_key": size_factor_key}
+        several = {
+            "categorical_covariate_keys": categorical_covariate_keys,
+            "continuous_covariate_keys": continuous_covariate_keys,
+        }
+        keys = {name: one_key(name, key) for name, key in one.items()}
+        lists = {name: listed_keys(name, given) for name, given in several.items()}
         _check_not_ours(labels_key)
-        optional = [k for k in (batch_key, size_factor_key) if k]
-        check_keys(adata, [labels_key, *optional, *categorical, *continuous])
-        check_counts(counts_of(adata, layer), adata)
-        classes = find_classes(adata, labels_key, unlabeled_category)
-        batches = categories(adata, batch_key) if batch_key else np.array(["all cells"])
-        if batch_key and len(batches) == 1:
-            _say(f"obs[{batch_key!r}] has one value, {batches[0]!r}: the batch explains nothing")
-        return cls(
-            labels_key=labels_key,
-            unlabeled_category=unlabeled_category,
-            layer=layer or "",
-            batch_key=batch_key or "",
-            size_factor_key=size_factor_key or "",
-            categorical_covariate_keys=categorical,
-            continuous_covariate_keys=continuous,
-            classes=classes,
-            batches=batches,
-            covariate_categories=tuple(categories(adata, key) for key in categorical),
-            genes=adata.var_names.to_numpy(dtype=str),
+        check_keys(adata, [k for k in (*keys.values(), *sum(lists.values(), ())) if k])
+        place = CountsPlace.find(adata, layer, use_raw)
+        check_gene_names(place.genes(adata))
+        fields = cls(
+            **keys,
+            **lists,
+            unlabeled_category=unlabeled,
+            layer=place.layer,
+            use_raw=place.use_raw,
+            classes=find_classes(adata, labels_key, unlabeled),
+            batches=_batches(adata, keys["batch_key"]),
+            covariate_categories=tuple(
+                categories(adata, key) for key in lists["categorical_covariate_keys"]
+            ),
+            genes=place.genes(adata).to_numpy(dtype=str),
         )
+        own = place.own_counts(adata)
+        if n_top_genes is None:
+            return fields
+        chosen = counts.variable_genes(own, fields._batch_codes(adata), n_top_genes)
+        return replace(fields, genes=fields.genes[chosen])
+
+    @property
+    def place(self) -> CountsPlace:
+        """Where the counts stand."""
+        return CountsPlace(self.layer, self.use_raw)
 
     @classmethod
     def from_uns(cls, adata: ad.AnnData) -> "Fields":
@@ -110,9 +136,12 @@ class Fields:
         tuples = {k: tuple(str(v) for v in stored[k]) for k in keys}
         per_covariate = stored["covariate_categories"]
         tuples["covariate_categories"] = tuple(
-            np.asarray(per_covariate[str(i)]) for i in range(len(per_covariate))
+            np.array(per_covariate[str(i)]) for i in range(len(per_covariate))
         )
-        return cls(**(stored | tuples))
+        # Copies: whatever becomes of uns, a model keeps its categories.
+        arrays = {k: np.array(stored[k]) for k in ("classes", "batches", "genes")}
+        use_raw = bool(stored.get("use_raw", False))
+        return cls(**(stored | tuples | arrays | {"use_raw": use_raw}))
 
     @classmethod
     def from_scvi_save(cls, save: ScviSave) -> "Fields":
@@ -144,11 +173,10 @@ class Fields:
     def labelled_by(self, adata: ad.AnnData, labels_key: str, unlabeled_category: str) -> "Fields":
         """The same fields with the labels of another column."""
         check_names(adata)
-        check_keys(adata, [labels_key])
-        classes = find_classes(adata, labels_key, unlabeled_category)
-        return replace(
-            self, labels_key=labels_key, unlabeled_category=unlabeled_category, classes=classes
-        )
+        unlabeled = _unlabeled_name(unlabeled_category)
+        check_keys(adata, [one_key("labels_key", labels_key)])
+        classes = find_classes(adata, labels_key, unlabeled)
+        return replace(self, labels_key=labels_key, unlabeled_category=unlabeled, classes=classes)
 
     def store(self, adata: ad.AnnData) -> None:
         """Note these fields in ``adata.uns``, after a check that they can read it."""
@@ -166,23 +194,72 @@ class Fields:
         }
         return stored
 
-    def encode(self, adata: ad.AnnData) -> CellData:
-        """Arrays of an AnnData with these fields; unseen categories and other genes are errors."""
+    def encode(self, adata: ad.AnnData, labels: bool = True, covariates: bool = True) -> CellData:
+        """Arrays of an AnnData with these fields, which share no memory with it.
+
+        Parameters
+        ----------
+        adata
+            Cells with the genes of the model, among others and in any order.
+        labels
+            Whether they are read; otherwise all cells count as unlabelled.
+        covariates
+            Whether batch, covariates and size factors are read; otherwise they are None where
+            `adata` lacks them or has unseen ones.
+
+        Raises
+        ------
+        InputError
+            For missing genes and columns, unseen categories, and what is not counts.
+        """
         check_names(adata)
-        self.check_genes(adata)
-        counts = counts_of(adata, self.layer)
-        check_counts(counts, adata)
-        keys = [self.batch_key, self.size_factor_key]
-        keys += [*self.categorical_covariate_keys, *self.continuous_covariate_keys]
-        check_keys(adata, [k for k in keys if k])
+        columns = self._gene_positions(adata)
+        read = self._read_covariates if covariates else self._read_covariates_if_possible
         return CellData(
-            counts=counts,
-            batch=self._batch_codes(adata),
-            label=self._label_codes(adata),
-            continuous=self._continuous(adata),
-            categorical=self._categorical(adata),
-            size_factor=self._size_factor(adata),
+            counts=self.place.own_counts(adata, columns),
+            label=self._label_codes(adata) if labels else np.full(adata.n_obs, UNLABELED),
+            **read(adata),
         )
+
+    def check_labels_unchanged(self, adata: ad.AnnData, label: np.ndarray) -> None:
+        """Refuse an AnnData whose labels are no longer those codes."""
+        if self.labels_key not in adata.obs:
+            return
+        changed = self._label_codes(adata) != label
+        if changed.any():
+            raise InputError(
+                f"obs[{self.labels_key!r}] has changed in {changed.sum()} cells"
+                f"{first(adata.obs_names[changed])} since the model was made, which keeps the "
+                "labels that it was made with; make a new model with SCANVI(adata), or put the "
+                "labels back"
+            )
+
+    def with_named_unlabeled(self, obs: pd.DataFrame) -> pd.DataFrame:
+        """The same columns, the unlabelled category where a label is missing."""
+        if self.labels_key not in obs or not obs[self.labels_key].isna().any():
+            return obs
+        filled = obs[self.labels_key].astype(object).fillna(self.unlabeled_category)
+        return obs.assign(**{self.labels_key: filled})
+
+    def holds(self, adata: ad.AnnData, data: CellData) -> bool:
+        """Whether an AnnData still has the counts and columns of `data`."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = self.encode(adata)
+        except InputError:
+            return False
+        return found.equals(data)
+
+    def with_counts(self, adata: ad.AnnData, counts: Counts) -> ad.AnnData:
+        """The cells of an AnnData with these counts in their place, and with their genes only."""
+        genes = pd.DataFrame(index=self.genes)
+        cells = ad.AnnData(counts, adata.obs, genes, uns=adata.uns, obsm=dict(adata.obsm))
+        if self.layer:
+            cells.layers[self.layer] = counts
+        if self.use_raw:
+            cells.raw = cells
+        return cells
 
     def sizes(self) -> dict[str, Any]:
         """The arguments of the model that genes, columns and categories give."""
@@ -196,52 +273,77 @@ class Fields:
         }
 
     def check_genes(self, adata: ad.AnnData) -> None:
-        """Refuse other genes than those of the model, or another order."""
-        if adata.n_vars == len(self.genes) and (adata.var_names == self.genes).all():
-            return
-        missing = pd.Index(self.genes).difference(adata.var_names)
-        extra = adata.var_names.difference(pd.Index(self.genes))
-        raise InputError(
-            f"the genes differ from those that the model was set up with: {len(missing)} of "
-            f"{len(self.genes)} are missing{_first(missing)}, {len(extra)} are new{_first(extra)}"
-            + ("" if len(missing) or len(extra) else ", the order differs")
-            + "; reorder with adata[:, genes], or let SCANVI.prepare_query_anndata(adata, "
-            "reference) reorder and fill them"
-        )
+        """Refuse cells that lack genes of the model, or name two of them alike."""
+        self._gene_positions(adata)
+
+    def _gene_positions(self, adata: ad.AnnData) -> np.ndarray | None:
+        """Where the genes of the model stand; None where they are all that there is, in order."""
+        found = self.place.genes(adata)
+        check_gene_names(found)
+        if len(found) == len(self.genes) and (found == self.genes).all():
+            return None
+        positions = found.get_indexer(self.genes)
+        missing = self.genes[positions < 0]
+        if len(missing):
+            extra = found.difference(pd.Index(self.genes))
+            raise InputError(
+                f"the genes differ from those that the model was set up with: {len(missing)} of "
+                f"{len(self.genes)} are missing{first(missing)}, {len(extra)} are new{first(extra)}"
+                "; let SCANVI.prepare_query_anndata(adata, reference) fill them"
+            )
+        return positions
 
     def _label_codes(self, adata: ad.AnnData) -> np.ndarray:
         if self.labels_key not in adata.obs:  # new cells may come without labels
             return np.full(adata.n_obs, UNLABELED)
-        labels = _column(adata, self.labels_key)
-        known = [*self.classes, self.unlabeled_category]
-        codes = _codes(labels, known, f"obs[{self.labels_key!r}]", "labels")
-        return np.where(codes == len(self.classes), UNLABELED, codes)
+        column = column_of(adata, self.labels_key)
+        codes = codes_of(column, [*self.classes, self.unlabeled_category])
+        unseen = names_of_cells(column, codes == UNSEEN)
+        _check_meant(unseen, self.labels_key, self.unlabeled_category)
+        refuse_unseen(unseen, self.classes, f"obs[{self.labels_key!r}]", "labels")
+        return np.where((codes == len(self.classes)) | (codes == MISSING), UNLABELED, codes)
+
+    def _read_covariates(self, adata: ad.AnnData) -> dict[str, np.ndarray | None]:
+        keys = [self.batch_key, self.size_factor_key]
+        keys += [*self.categorical_covariate_keys, *self.continuous_covariate_keys]
+        check_keys(adata, [k for k in keys if k])
+        return {
+            "batch": self._batch_codes(adata),
+            "continuous": self._continuous(adata),
+            "categorical": self._categorical(adata),
+            "size_factor": self._size_factor(adata),
+        }
+
+    def _read_covariates_if_possible(self, adata: ad.AnnData) -> dict[str, np.ndarray | None]:
+        try:
+            return self._read_covariates(adata)
+        except InputError:  # None and not a number: whoever reads them after all fails
+            return dict.fromkeys(("batch", "continuous", "categorical", "size_factor"))
 
     def _batch_codes(self, adata: ad.AnnData) -> np.ndarray:
         if not self.batch_key:
             return np.zeros(adata.n_obs, dtype=np.int64)
-        column = _column(adata, self.batch_key)
-        return _codes(column, self.batches, f"obs[{self.batch_key!r}]", "batches")
+        return known_codes(adata, self.batch_key, self.batches, "batches")
 
     def _categorical(self, adata: ad.AnnData) -> np.ndarray | None:
         pairs = zip(self.categorical_covariate_keys, self.covariate_categories, strict=True)
-        codes = [_codes(_column(adata, k), c, f"obs[{k!r}]", "categories") for k, c in pairs]
+        codes = [known_codes(adata, key, known, "categories") for key, known in pairs]
         return np.stack(codes, axis=1) if codes else None
 
     def _continuous(self, adata: ad.AnnData) -> np.ndarray | None:
-        columns = [_numbers(adata, key) for key in self.continuous_covariate_keys]
+        columns = [numbers_of(adata, key) for key in self.continuous_covariate_keys]
         return np.stack(columns, axis=1) if columns else None
 
     def _size_factor(self, adata: ad.AnnData) -> np.ndarray | None:
         if not self.size_factor_key:
             return None
-        values = _numbers(adata, self.size_factor_key)
+        values = numbers_of(adata, self.size_factor_key)
         if (values <= 0).any():
             raise InputError(
                 f"obs[{self.size_factor_key!r}] holds size factors that are not positive, first "
                 f"in cell {adata.obs_names[values <= 0][0]!r}; size factors multiply expression"
             )
-        return values[:, None]
+        return values[:, None].copy()  # a float32 column would be shared with the AnnData
 
 
 def _check_not_ours(labels_key: str) -> None:
@@ -253,100 +355,45 @@ def _check_not_ours(labels_key: str) -> None:
 
 
 def check_names(adata: ad.AnnData) -> None:
-    """Refuse what is no AnnData, has no cells or genes, or names two of them alike."""
+    """Refuse what is no AnnData, has no cells or genes, or names cells not or twice."""
     if not isinstance(adata, ad.AnnData):
         raise InputError(f"got a {type(adata).__name__}, expected an AnnData")
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise InputError(f"the AnnData has {adata.n_obs} cells and {adata.n_vars} genes")
-    for names, what, mend in (
-        (adata.obs_names, "cells", "adata.obs_names_make_unique()"),
-        (adata.var_names, "genes", "adata.var_names_make_unique()"),
-    ):
-        if not names.is_unique:
-            twice = names[names.duplicated()].unique()
-            raise InputError(f"{len(twice)} names of {what} occur twice{_first(twice)}; {mend}")
+    _check_unique(adata.obs_names, "cells", "adata.obs_names_make_unique()")
 
 
-def check_keys(adata: ad.AnnData, keys: Iterable[str]) -> None:
-    """Refuse keys that are not columns of obs, naming the nearest one."""
-    for key in keys:
-        if key in adata.obs:
-            continue
-        columns = [str(c) for c in adata.obs.columns]
-        near = difflib.get_close_matches(str(key), columns, n=1)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(columns) or 'none'}"
-        )
-        raise InputError(f"obs has no column {key!r}; {hint}")
+def check_gene_names(names: pd.Index) -> None:
+    """Refuse genes without a name, or of the same name."""
+    _check_unique(names, "genes", "adata.var_names_make_unique()")
 
 
-def counts_of(adata: ad.AnnData, layer: str | None) -> csr_matrix | np.ndarray:
-    """The matrix of counts: X or a layer, as CSR or dense."""
-    if layer and layer not in adata.layers:
+def _check_unique(names: pd.Index, what: str, mend: str) -> None:
+    nameless = np.flatnonzero(names.isna() | names.astype(str).isin(["", "nan"]))
+    if len(nameless):
         raise InputError(
-            f"there is no layer {layer!r}; there are: {', '.join(adata.layers) or 'none'}"
+            f"{len(nameless)} {what} have no name, at the positions{first(nameless)}; name them, "
+            "or leave them out"
         )
-    matrix = adata.layers[layer] if layer else adata.X
-    if matrix is None:
-        raise InputError("X is empty; name the layer with the counts (layer=..., --layer)")
-    if adata.isbacked:
-        raise InputError("the AnnData is backed by its file; load it with adata.to_memory()")
-    if not issparse(matrix):
-        return np.asarray(matrix)
-    try:  # scipy would crash on indices out of range
-        matrix.check_format(full_check=True)
-    except ValueError as error:
-        raise InputError(f"the sparse matrix of the counts is broken: {error}") from None
-    return csr_matrix(matrix)
-
-
-def check_counts(counts: csr_matrix | np.ndarray, adata: ad.AnnData) -> None:
-    """Refuse matrices that are not counts, and cells without counts."""
-    check_values(counts, adata)
-    empty = _is_empty(counts)
-    if empty.any():
-        names = adata.obs_names[empty]
-        raise InputError(
-            f"{len(names)} cells have no counts{_first(names)}; drop them with "
-            "pyro_scanvi.drop_empty_cells(adata) or --drop-empty-cells"
-        )
-
-
-def check_values(counts: csr_matrix | np.ndarray, adata: ad.AnnData) -> None:
-    """Refuse matrices that are not counts, naming the first cell and gene."""
-    values = counts.data if issparse(counts) else counts
-    if values.dtype.kind not in "iuf":
-        raise InputError(f"counts have dtype {values.dtype}, expected real numbers")
-    with np.errstate(invalid="ignore"):
-        wrong = ~np.isfinite(values) | (values < 0) | (values != np.rint(values))
-    if wrong.any():
-        _refuse_value(counts, wrong, adata)
-
-
-def empty_cells(adata: ad.AnnData, layer: str | None = None) -> np.ndarray:
-    """Whether each cell has no counts, (N,)."""
-    counts = counts_of(adata, layer)
-    check_values(counts, adata)
-    return _is_empty(counts)
-
-
-def drop_empty_cells(adata: ad.AnnData, layer: str | None = None) -> ad.AnnData:
-    """A copy without the cells that have no counts."""
-    return adata[~empty_cells(adata, layer)].copy()
+    if not names.is_unique:
+        twice = names[names.duplicated()].unique()
+        raise InputError(f"{len(twice)} names of {what} occur twice{first(twice)}; {mend}")
 
 
 def find_classes(adata: ad.AnnData, labels_key: str, unlabeled_category: str) -> np.ndarray:
     """The labels that occur, in the order of their categories, without the unlabelled one."""
-    found = categories(adata, labels_key)
-    classes = found[found.astype(str) != str(unlabeled_category)]
-    column = f"obs[{labels_key!r}]"
+    labels = column_of(adata, labels_key)
+    _check_meant(names_of_cells(labels, None), labels_key, unlabeled_category)
+    found = categories(adata, labels_key, complete=False)
+    is_class = np.array(names_of(found)) != unlabeled_category
+    classes, column = found[is_class], f"obs[{labels_key!r}]"
     if len(classes) == 0:
         raise InputError(f"no cell is labelled: {column} is {unlabeled_category!r} everywhere")
     if len(classes) == 1:
         raise InputError(
             f"{column} has a single class, {classes[0]!r}; there is nothing to tell apart"
         )
-    if len(classes) == len(found):
+    if is_class.all() and not labels.isna().any():
         _say(
             f"{unlabeled_category!r} does not occur in {column}: all {adata.n_obs} cells count as "
             f"labelled, as {', '.join(map(str, classes[:NAMES_SHOWN]))}"
@@ -355,13 +402,27 @@ def find_classes(adata: ad.AnnData, labels_key: str, unlabeled_category: str) ->
     return classes
 
 
+def _check_meant(labels: pd.Series, labels_key: str, unlabeled: str) -> None:
+    """Refuse labels that look as if they meant that the label is not known."""
+    found = labels.value_counts()
+    near = [n for n in found.index if n != unlabeled and reads_unlabeled(n, unlabeled)]
+    if near:
+        told = ", ".join(f"{found[name]} cells labelled {name!r}" for name in near)
+        raise InputError(
+            f"obs[{labels_key!r}] holds {told}, which reads as if the label were not known, and "
+            f"unlabeled_category is {unlabeled!r}: they would be taken for a type. Rename them: "
+            f"{renaming(dict.fromkeys(near, unlabeled), labels_key)}; or give "
+            f"unlabeled_category={near[0]!r} (--unlabeled-category); a type needs a name of its own"
+        )
+
+
 def weights_of(adata: ad.AnnData, weights: str | Sequence[float] | None) -> np.ndarray | None:
     """Weight of each cell, a column of obs or numbers, scaled to a mean of 1; (N,)."""
     if weights is None:
         return None
     if isinstance(weights, str):
         check_keys(adata, [weights])
-        weights = _numbers(adata, weights)
+        weights = numbers_of(adata, weights)
     values = np.asarray(weights, dtype=np.float32)
     if values.shape != (adata.n_obs,):
         raise InputError(
@@ -398,83 +459,20 @@ def storable_names(names: Iterable) -> list[str]:
     return stored
 
 
-def categories(adata: ad.AnnData, key: str) -> np.ndarray:
-    """The values that occur in a column of obs, in the order of its categories."""
-    column = _column(adata, key)
-    found = np.asarray(column.cat.remove_unused_categories().cat.categories)
-    names = pd.Index(found.astype(str))
-    if not names.is_unique:
-        twice = names[names.duplicated()].unique()
-        raise InputError(f"obs[{key!r}] holds different values that read alike{_first(twice)}")
-    return found
+def _batches(adata: ad.AnnData, batch_key: str) -> np.ndarray:
+    if not batch_key:
+        return np.array(["all cells"])
+    batches = categories(adata, batch_key)
+    if len(batches) == 1:
+        _say(f"obs[{batch_key!r}] has one value, {batches[0]!r}: the batch explains nothing")
+    return batches
 
 
-def _column(adata: ad.AnnData, key: str) -> pd.Series:
-    column = adata.obs[key]
-    if column.isna().any():
-        names = adata.obs_names[column.isna()]
-        raise InputError(
-            f"obs[{key!r}] has no value in {len(names)} cells{_first(names)}; fill them, labels "
-            "with the unlabelled category"
-        )
-    return column.astype("category")
-
-
-def _codes(column: pd.Series, known: Iterable, where: str, what: str) -> np.ndarray:
-    index = pd.Index([str(k) for k in known])
-    codes = index.get_indexer(column.astype(str))
-    if (codes < 0).any():
-        unseen = column[codes < 0].astype(str).unique()
-        raise InputError(
-            f"{where} has {len(unseen)} {what} that the model has not seen{_first(unseen)}; it "
-            f"knows {', '.join(index[:NAMES_SHOWN])}"
-            + (", ..." if len(index) > NAMES_SHOWN else "")
-            + f"; {MEND_UNSEEN[what]}"
-        )
-    return codes.astype(np.int64)
-
-
-def _numbers(adata: ad.AnnData, key: str) -> np.ndarray:
-    try:
-        values = adata.obs[key].to_numpy(dtype=np.float32)
-    except (TypeError, ValueError):
-        raise InputError(f"obs[{key!r}] does not hold numbers") from None
-    if not np.isfinite(values).all():
-        name = adata.obs_names[~np.isfinite(values)][0]
-        raise InputError(f"obs[{key!r}] is not finite, first in cell {name!r}")
-    return values
-
-
-def _is_empty(counts: csr_matrix | np.ndarray) -> np.ndarray:
-    return np.asarray(counts.sum(axis=1)).ravel() == 0
-
-
-def _refuse_value(counts, wrong: np.ndarray, adata: ad.AnnData) -> None:
-    first = int(np.flatnonzero(wrong)[0]) if issparse(counts) else np.argwhere(wrong)[0]
-    if issparse(counts):
-        cell = int(np.searchsorted(counts.indptr, first, side="right")) - 1
-        gene, value = int(counts.indices[first]), counts.data[first]
-    else:
-        cell, gene = (int(i) for i in first)
-        value = counts[cell, gene]
-    kind = "negative" if value < 0 else "fractional" if np.isfinite(value) else "not finite"
-    values = counts.data if issparse(counts) else counts
-    others = int(wrong.sum()) - 1
-    more = f", and {others} more like it" if others else ""
-    log_like = kind == "fractional" and values[np.isfinite(values)].max() < 30
-    hint = "these look log-normalised; " if log_like else ""
-    raise InputError(
-        f"the counts hold a value that is {kind}: {value:.6g} in cell {adata.obs_names[cell]!r}, "
-        f"gene {adata.var_names[gene]!r}{more}; {hint}expected raw counts, 0, 1, 2, ... (name "
-        "their layer with layer=..., --layer)"
-    )
-
-
-def _first(names: Iterable) -> str:
-    names = [str(n) for n in names]
-    if not names:
-        return ""
-    return f" ({', '.join(names[:NAMES_SHOWN])}{', ...' if len(names) > NAMES_SHOWN else ''})"
+def _unlabeled_name(category: Any) -> str:
+    """The unlabelled category as a name; "Unknown" where only missing values are unlabelled."""
+    if not np.isscalar(category) and category is not None and category is not pd.NA:
+        raise InputError(f"unlabeled_category={category!r}, expected one value")
+    return "Unknown" if pd.isna(category) else name_of(category)
 
 
 def _say(message: str) -> None:

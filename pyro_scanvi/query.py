@@ -15,8 +15,10 @@ from scipy.sparse import csr_matrix, issparse
 
 from pyro_scanvi import saving
 from pyro_scanvi.checks import InputError
-from pyro_scanvi.fields import Fields, categories, check_keys, check_names, counts_of
+from pyro_scanvi.columns import categories, check_keys
+from pyro_scanvi.fields import Fields, check_gene_names, check_names
 from pyro_scanvi.growing import grown_label_prior
+from pyro_scanvi.names import first, names_of, reads_unlabeled
 from pyro_scanvi.scanvae import SCANVAE
 
 SMALLEST_OVERLAP = 0.8
@@ -62,19 +64,27 @@ class Reference:
 def prepare(adata: ad.AnnData, fields: Fields) -> ad.AnnData:
     """A new AnnData of the same cells with the genes of `fields`; zeros where one is missing."""
     check_names(adata)
-    counts_of(adata, fields.layer)
+    fields.place.matrix(adata)
     genes = pd.Index(fields.genes)
-    positions = adata.var_names.get_indexer(genes)
-    _check_overlap(genes[positions < 0], genes)
-    return ad.AnnData(
-        X=None if adata.X is None else _columns(adata.X, positions),
+    names = fields.place.genes(adata)
+    check_gene_names(names)
+    _check_overlap(genes[names.get_indexer(genes) < 0], genes)
+    prepared = ad.AnnData(
         obs=adata.obs.copy(),
-        var=pd.DataFrame({"in_query": positions >= 0}, index=genes),
-        layers={name: _columns(matrix, positions) for name, matrix in adata.layers.items()},
+        var=pd.DataFrame({"in_query": genes.isin(names)}, index=genes),
         obsm={name: value.copy() for name, value in adata.obsm.items()},
         obsp={name: value.copy() for name, value in adata.obsp.items()},
         uns=copy.deepcopy(dict(adata.uns)),
     )
+    if fields.use_raw:  # X may hold anything of other genes
+        prepared.X = _columns(adata.raw.X, names.get_indexer(genes))
+        prepared.raw = prepared
+        return prepared
+    positions = names.get_indexer(genes)
+    prepared.X = None if adata.X is None else _columns(adata.X, positions)
+    for name, matrix in adata.layers.items():
+        prepared.layers[name] = _columns(matrix, positions)
+    return prepared
 
 
 def extended(
@@ -108,8 +118,8 @@ def check_grown(old: Fields, new: Fields) -> None:
         )
 
 
-def _begins_with(names: np.ndarray, first: np.ndarray) -> bool:
-    return np.array_equal(names[: len(first)].astype(str), first.astype(str))
+def _begins_with(names: np.ndarray, start: np.ndarray) -> bool:
+    return names_of(names)[: len(start)] == names_of(start)
 
 
 def _columns(matrix: Any, positions: np.ndarray) -> csr_matrix | np.ndarray:
@@ -129,13 +139,13 @@ def _columns(matrix: Any, positions: np.ndarray) -> csr_matrix | np.ndarray:
 def _check_overlap(missing: pd.Index, genes: pd.Index) -> None:
     if len(missing) == len(genes):
         raise InputError(
-            f"none of the reference's {len(genes)} genes ({', '.join(genes[:5])}, ...) is in the "
+            f"none of the reference's {len(genes)} genes{first(genes)} is in the "
             "query; name its genes in the same way (symbols or identifiers, upper or lower case)"
         )
     if len(genes) - len(missing) < SMALLEST_OVERLAP * len(genes):
         warnings.warn(
-            f"{len(missing)} of the reference's {len(genes)} genes are missing in the query "
-            f"({', '.join(missing[:5])}, ...) and count as zero; predictions may be poor",
+            f"{len(missing)} of the reference's {len(genes)} genes are missing in the query"
+            f"{first(missing)} and count as zero; predictions may be poor",
             stacklevel=4,
         )
 
@@ -144,15 +154,20 @@ def _checked_labels(fields: Fields, extend_labels: Iterable) -> list:
     if isinstance(extend_labels, str):
         raise InputError(f"extend_labels={extend_labels!r}, expected a list: [{extend_labels!r}]")
     labels = list(extend_labels)
-    known = {str(name) for name in fields.classes}
-    for i, label in enumerate(labels):
+    known, names = names_of(fields.classes), names_of(labels)
+    for i, name in enumerate(names):
         clashes = {
-            "is a label of the reference": str(label) in known,
-            "is the unlabelled category": str(label) == str(fields.unlabeled_category),
-            "is named twice": str(label) in map(str, labels[:i]),
+            "is a label of the reference": name in known,
+            "is the unlabelled category": name == fields.unlabeled_category,
+            f"reads like the unlabelled category {fields.unlabeled_category!r}": reads_unlabeled(
+                name, fields.unlabeled_category
+            ),
+            "is named twice": name in names[:i],
         }
         for clash in (what for what, holds in clashes.items() if holds):
-            raise InputError(f"extend_labels: {label!r} {clash}; name labels that are new, once")
+            raise InputError(
+                f"extend_labels: {labels[i]!r} {clash}; name labels that are new, once"
+            )
     return labels
 
 
@@ -160,14 +175,14 @@ def _say_untaught(fields: Fields, adata: ad.AnnData, labels: list) -> None:
     """Warn of new labels that no cell teaches, or that nothing tells from the known ones."""
     if not labels:
         return
-    shown = adata.obs[fields.labels_key].astype(str) if fields.labels_key in adata.obs else []
-    untaught = [str(label) for label in labels if str(label) not in set(shown)]
+    shown = _names_shown(adata, fields.labels_key)
+    untaught = [name for name in names_of(labels) if name not in shown]
     if untaught:
         message = (
             f"no cell of the query is labelled {', '.join(untaught)}: nothing teaches the model "
             "these new labels"
         )
-    elif not set(shown) & {str(name) for name in fields.classes}:
+    elif not shown & set(names_of(fields.classes)):
         message = (
             "no cell of the query has a label of the reference: nothing tells the new labels from "
             "the known ones, and they will be given to cells of known types; label some of those"
@@ -177,11 +192,19 @@ def _say_untaught(fields: Fields, adata: ad.AnnData, labels: list) -> None:
     warnings.warn(message, stacklevel=4)
 
 
+def _names_shown(adata: ad.AnnData, key: str) -> set[str]:
+    """The labels that occur."""
+    return set(names_of(adata.obs[key].dropna().unique())) if key in adata.obs else set()
+
+
 def _with_unseen(known: np.ndarray, adata: ad.AnnData, key: str) -> np.ndarray:
     found = categories(adata, key)
-    return _appended(known, found[~np.isin(found.astype(str), known.astype(str))])
+    return _appended(known, found[~np.isin(names_of(found), names_of(known))])
 
 
 def _appended(known: np.ndarray, new: Iterable) -> np.ndarray:
-    new = list(new)
-    return np.array([*known.tolist(), *new]) if new else known
+    """All of them in one array; as strings where one type of numbers does not hold them."""
+    values = [*known.tolist(), *new]
+    together = np.array(values) if len(values) > len(known) else known
+    same = names_of(together) == names_of(values)
+    return together if same else np.array(names_of(values), dtype=object)

@@ -1,6 +1,7 @@
 """SCANVI, the estimator that users meet: AnnData in, AnnData out."""
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -97,7 +98,8 @@ class SCANVI:
         self.fields = Fields.from_uns(adata)
         self.adata = adata
         self.seed = seed
-        self._data = self.fields.encode(adata)
+        # What the model reads is its own: users go on to normalise and filter in place.
+        self._data, self._cells = self.fields.encode(adata), adata.obs_names
         for name in set(FROM_DATA).intersection(vae_arguments):
             raise TypeError(f"{name!r} is given by the data; leave it out")
         self.vae_arguments = DEFAULTS | vae_arguments
@@ -190,6 +192,8 @@ class SCANVI:
         size_factor_key: str | None = None,
         categorical_covariate_keys: Iterable[str] | None = None,
         continuous_covariate_keys: Iterable[str] | None = None,
+        use_raw: bool = False,
+        n_top_genes: int | None = None,
     ) -> None:
         """Check an AnnData and note which of its columns mean what.
 
@@ -203,15 +207,21 @@ class SCANVI:
         labels_key
             Column of ``obs`` with the labels.
         unlabeled_category
-            Its value where the label is not known.
+            Its value where the label is not known; so are cells without a value (NaN).
         layer
-            Layer with the counts; None is ``X``.
+            Layer with the counts; None is ``X``. "raw" is ``raw.X`` where no layer has that name.
         batch_key
             Column of ``obs`` with the biological batch.
         size_factor_key
             Column of ``obs`` with given size factors.
         categorical_covariate_keys, continuous_covariate_keys
             Columns of ``obs`` with further covariates.
+        use_raw
+            The counts stand in ``raw.X``, with its genes, as in files of CELLxGENE.
+        n_top_genes
+            Read the most variable genes only, as scanpy chooses them within each batch; the
+            AnnData keeps all of them. Which they are is noted, and those of new cells are read.
+            None is all genes.
 
         Raises
         ------
@@ -221,7 +231,8 @@ class SCANVI:
         Warns
         -----
         UserWarning
-            If all cells are labelled, or there is one batch only.
+            If all cells are labelled, there is one batch only, counts were fractions, which the
+            model reads rounded, or categories differ in case and blanks alone.
         """
         fields = Fields.from_anndata(
             adata,
@@ -232,6 +243,8 @@ class SCANVI:
             size_factor_key,
             categorical_covariate_keys,
             continuous_covariate_keys,
+            use_raw,
+            n_top_genes,
         )
         fields.store(adata)
 
@@ -355,6 +368,7 @@ class SCANVI:
         cell_weights: str | Sequence[float] | None,
         ckpt_path: str | Path | None,
     ) -> None:
+        self._check_adata(labels=True)
         data = replace(self._data, weight=weights_of(self.adata, cell_weights))
         rows = self.history.to_dict("records")
         guards = freezing.callbacks(self.module, self.freeze)
@@ -570,9 +584,9 @@ class SCANVI:
         ``obsm["X_scanvi"]``, and to ``uns["pyro_scanvi"]`` version, settings, seed and final
         losses (nats per cell).
         """
-        adata = self.adata if adata is None else adata
         soft = self.predict(adata, soft=True)
         latent = self.get_latent_representation(adata, seed=self.seed)
+        adata = self.adata if adata is None else adata
         soft.columns = storable_names(self.fields.classes)
         predicted = self.fields.classes[soft.to_numpy().argmax(1)]
         adata.obs["scanvi_prediction"] = pd.Categorical(predicted, categories=self.fields.classes)
@@ -594,12 +608,14 @@ class SCANVI:
         overwrite
             Replace a model that was saved there.
         save_anndata
-            Write the training data too, for :meth:`load` without an AnnData.
+            Write the training data too, for :meth:`load` without an AnnData: the AnnData as it
+            is, but with the counts that the model was made with where they have changed since.
 
         Raises
         ------
         InputError
-            If the folder exists or cannot be written, or an argument of the model is a callable.
+            If the folder exists or cannot be written, an argument of the model is a callable, or
+            the cells of the AnnData to save are no longer those of the model.
         """
         directory = Path(directory)
         saving.check_target(directory, overwrite)
@@ -613,7 +629,7 @@ class SCANVI:
             "training_settings": self.training_settings,
             "freeze": None if self.freeze is None else asdict(self.freeze),
         }
-        adata = self.adata if save_anndata else None
+        adata = self._training_anndata() if save_anndata else None
         saving.write_model(directory, self.module.state_dict(), record, adata)
 
     @classmethod
@@ -654,6 +670,18 @@ class SCANVI:
             freezing.hold(model.module, model.freeze)
         return model
 
+    def _training_anndata(self) -> ad.AnnData:
+        """The AnnData with the counts that the model was made with."""
+        self._check_adata(labels=True)
+        if self.fields.holds(self.adata, self._data):
+            return self.adata
+        warnings.warn(
+            f"the counts in {self.fields.place} have changed since the model was made; those that "
+            "it was made with are saved in their place",
+            stacklevel=3,
+        )
+        return self.fields.with_counts(self.adata, self._data.counts)
+
     def _record(self) -> dict[str, Any]:
         """What was done, as a plain dict."""
         last = self.history.groupby("split").last() if len(self.history) else pd.DataFrame()
@@ -678,17 +706,43 @@ class SCANVI:
         return sizes | {"library_log_means": means, "library_log_vars": variances}
 
     def encoded(
-        self, adata: ad.AnnData | None, indices: Sequence[int] | None
+        self,
+        adata: ad.AnnData | None,
+        indices: Sequence[int] | None,
+        labels: bool = True,
+        covariates: bool = True,
     ) -> tuple[CellData, pd.Index]:
-        """What the model reads of some cells, and their names; None is the training data, all."""
-        data = self._data if adata is None else self.fields.encode(adata)
-        names = (self.adata if adata is None else adata).obs_names
+        """What a question reads of some cells, and their names; None is the training data, all.
+
+        `labels` and `covariates` (with batch and size factors) say whether it reads those.
+        """
+        if adata is None:
+            self._check_adata(labels)
+            data, names = self._data, self._cells
+        else:
+            data, names = self.fields.encode(adata, labels, covariates), adata.obs_names
         if indices is None:
             return data, names
         positions = np.arange(len(data))[np.asarray(indices, dtype=None if len(indices) else int)]
         if not len(positions):
             raise InputError("indices selects no cell; give the positions of some")
         return data.subset(positions), names[positions]
+
+    def _check_adata(self, labels: bool) -> None:
+        """Refuse where the cells, or the labels that are read, are no longer those of the model.
+
+        Its counts and covariates are a copy; what else stands in obs is read where it is.
+        """
+        now = self.adata.obs_names
+        if not now.equals(self._cells):
+            raise InputError(
+                f"the AnnData has changed since the model was made: it had {len(self._cells)} "
+                f"cells, now it has {len(now)}{'' if len(now) != len(self._cells) else ' others'}; "
+                "ask about it as it is now by giving it (model.predict(adata)), make the model "
+                "anew, or filter a copy (adata[cells].copy()) next time"
+            )
+        if labels:
+            self.fields.check_labels_unchanged(self.adata, self._data.label)
 
 
 def _explicit(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,19 @@ import pyro_scanvi
 
 FOLDER = Path(pyro_scanvi.__file__).parent
 LAYERS = [
-    {"checks", "data", "distributions", "networks", "metrics", "datasets", "plotting", "baselines"},
-    {"likelihoods", "objective", "files", "pickles", "nonfinite", "course", "comparisons"},
+    {"names", "data", "distributions", "networks", "metrics", "datasets", "plotting", "baselines"},
+    {"checks"},
+    {
+        "columns",
+        "counts",
+        "likelihoods",
+        "objective",
+        "files",
+        "pickles",
+        "nonfinite",
+        "course",
+        "comparisons",
+    },
     {"scanvae", "saving", "scores", "checkpoints", "callbacks", "differential"},
     {"plan", "pretraining", "posterior", "interop", "growing"},
     {"trainer", "training_plan", "freezing", "expression", "correlation", "elbo", "importance"},
@@ -22,11 +33,14 @@ LAYERS = [
 ONLY = {  # where a layer would allow more
     "likelihoods": {"distributions", "networks"},
     "objective": {"data"},
+    "checks": {"names"},
+    "columns": {"checks", "names"},
+    "counts": {"checks", "names"},
     "files": {"checks"},
     "pickles": {"checks"},
     "scanvae": {"checks", "data", "likelihoods", "networks"},
     "saving": {"checks", "files"},
-    "comparisons": {"checks"},
+    "comparisons": {"checks", "names"},
     "differential": {"checks", "comparisons"},
     "posterior": {"checks", "data", "likelihoods", "scanvae"},
     "expression": {"data", "likelihoods", "posterior", "scanvae"},
@@ -38,7 +52,7 @@ ONLY = {  # where a layer would allow more
     "nonfinite": {"data"},
     "growing": {"checks", "likelihoods", "scanvae"},
     "freezing": {"checks", "growing", "scanvae"},
-    "query": {"checks", "fields", "growing", "saving", "scanvae"},
+    "query": {"checks", "columns", "fields", "growing", "names", "saving", "scanvae"},
 }
 LAZY = {("scanvae", "interop")}  # scanvae answers by scvi-tools' names through interop
 UNKNOWN_TO = {  # the edges that these are kept from

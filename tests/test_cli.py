@@ -361,10 +361,10 @@ BAD_INPUT = {  # AnnData, options, message
     "negative, CSR": (bad_counts(-1, csr_matrix), [], "negative: -1 in cell 'cell7', gene 'gene5'"),
     "negative, CSC": (bad_counts(-1, csc_matrix), [], "negative: -1 in cell 'cell7', gene 'gene5'"),
     "log-normalised": (with_counts(log_normalised), [], "these look log-normalised"),
-    "NaN among labels": (
-        with_labels(pd.Categorical(["B", None, "T"])),
+    "nan written out": (
+        with_labels(pd.Categorical(["B", "nan", "T"])),
         [],
-        r"no value in 13 cells \(cell1",
+        "13 cells labelled 'nan', which reads as if the label were not known",
     ),
     "nothing labelled": (some_cells("Unknown"), [], "no cell is labelled"),
     "a single class": (some_cells("B", "Unknown"), [], "a single class, 'B'"),
