@@ -8,6 +8,7 @@ import hashlib
 import pickle
 import zipfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from pyro_scanvi.checks import InputError
-from pyro_scanvi.data import CellData
+from pyro_scanvi.data import CellData, total_counts
 from pyro_scanvi.files import make_folder, replacing
 
 KEY = "pyro_scanvi"
 LAST = "last.ckpt"
 PREFIX = "vae."  # of the model's tensors in a checkpoint
+MENDS = {"threads": " (torch.set_num_threads sets it)"}  # what is no argument of train
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -48,7 +50,8 @@ class LastCheckpoint(Checkpoint):
         self, trainer: lightning.Trainer, module: lightning.LightningModule
     ) -> None:
         """Lightning calls this after all other callbacks and the module."""
-        trainer.save_checkpoint(self.path)
+        if trainer.is_last_batch:  # not where Ctrl-C or a limit of steps cut the epoch short
+            trainer.save_checkpoint(self.path)
 
 
 def find(ckpt_path: str | Path | None, folder: str | Path | None) -> Path | None:
@@ -112,7 +115,7 @@ def check_resumable(
     """Refuse a checkpoint of other settings, other data or another model; says which differ."""
     before = checkpoint[KEY]["identity"]
     differ = [
-        f"{name} was {before.get(name)!r}, is {identity.get(name)!r}"
+        f"{name} was {before.get(name)!r}, is {identity.get(name)!r}{MENDS.get(name, '')}"
         for name in sorted({*before, *identity})
         if before.get(name) != identity.get(name)
     ]
@@ -132,11 +135,14 @@ def check_resumable(
 
 
 def digest(data: CellData) -> str:
-    """Fingerprint of the data: totals of cells and genes, batches, labels, weights."""
-    parts = [data.counts.sum(axis=1), data.counts.sum(axis=0), data.batch, data.label]
-    parts += [part for part in (data.weight, data.size_factor) if part is not None]
+    """Fingerprint of the data: totals of cells and genes, and all else whole."""
+    parts = dict(zip(("cells", "genes"), total_counts(data.counts), strict=True))
+    parts |= {f.name: getattr(data, f.name) for f in fields(data) if f.name != "counts"}
     hashed = hashlib.sha256()
-    for part in parts:
+    for name, part in parts.items():
+        if part is None:
+            continue
+        hashed.update(name.encode())
         hashed.update(np.ascontiguousarray(part, dtype=np.float64).tobytes())
     return hashed.hexdigest()[:16]
 

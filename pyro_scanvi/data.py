@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 UNLABELED = -1
 SMALLEST_LIBRARY_VARIANCE = 1e-4
+CELLS_AT_ONCE = 4096  # in float64
 
 
 @dataclass  # not frozen: Lightning converts the tensors of a minibatch to its precision
@@ -253,9 +254,20 @@ def split(
     return np.setdiff1d(np.arange(len(label)), np.concatenate([held_out, *unused])), held_out
 
 
+def total_counts(counts: csr_matrix | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Total count of each cell, (N,), and of each gene, (G,), summed in float64."""
+    of_cells, of_genes = np.zeros(counts.shape[0]), np.zeros(counts.shape[1])
+    for start in range(0, len(of_cells), CELLS_AT_ONCE):
+        rows = slice(start, start + CELLS_AT_ONCE)
+        x = counts[rows].astype(np.float64)  # scipy sums in the matrix's own type, asked or not
+        of_cells[rows] = np.asarray(x.sum(1)).ravel()
+        of_genes += np.asarray(x.sum(0)).ravel()
+    return of_cells, of_genes
+
+
 def library_prior(data: CellData, n_batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of the log total count of the cells of each batch, (n_batch,) each."""
-    log_library = np.log(np.asarray(data.counts.sum(axis=1), dtype=float).ravel())
+    log_library = np.log(total_counts(data.counts)[0])
     by_batch = [log_library[data.batch == batch] for batch in range(n_batch)]
     # A batch of equal cells, or of none, still needs a proper prior.
     means = np.array([x.mean() if len(x) else log_library.mean() for x in by_batch])

@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix
 from sklearn.covariance import EllipticEnvelope
 from sklearn.mixture import GaussianMixture
 
-from pyro_scanvi.checks import InputError, check_known
+from pyro_scanvi.checks import InputError, check_known, is_number, make_plain
 from pyro_scanvi.comparisons import Comparison
 
 N_DRAWS = 5000
@@ -49,14 +49,16 @@ class Settings:
     all_stats: bool = True
 
     def __post_init__(self):
+        make_plain(self)
         check_known([self.mode], MODES, "a mode", InputError)
         check_known([self.test_mode], TEST_MODES, "a test_mode", InputError)
-        if not 0 < self.fdr_target < 1:
-            raise InputError(f"fdr_target={self.fdr_target}, expected a share in (0, 1)")
-        if self.delta is not None and not 0 <= self.delta < np.inf:
-            raise InputError(f"delta={self.delta}, expected a log2 fold change of at least 0")
-        if self.pseudocounts is not None and not 0 < self.pseudocounts < np.inf:
-            raise InputError(f"pseudocounts={self.pseudocounts}, expected a positive number")
+        if not (is_number(self.fdr_target) and 0 < self.fdr_target < 1):
+            raise InputError(f"fdr_target={self.fdr_target!r}, expected a share in (0, 1)")
+        if self.delta is not None and not (is_number(self.delta) and 0 <= self.delta < np.inf):
+            raise InputError(f"delta={self.delta!r}, expected a log2 fold change of at least 0")
+        c = self.pseudocounts
+        if c is not None and not (is_number(c) and 0 < c < np.inf):
+            raise InputError(f"pseudocounts={c!r}, expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,9 @@ def raw_statistics(counts: csr_matrix | np.ndarray, cells: np.ndarray) -> RawSta
     """Statistics of the counts of the cells at positions `cells`, some thousand cells at once."""
     sums = np.zeros((3, counts.shape[1]))
     for rows in np.array_split(cells, -(-len(cells) // CELLS_AT_ONCE)):
-        x = counts[rows]
-        scale = RAW_TOTAL / np.asarray(x.sum(1, dtype=float)).ravel()
-        more = x.sum(0, dtype=float), (x != 0).sum(0), x.T @ scale
+        x = counts[rows].astype(float)  # a sum of a sparse matrix is taken in its own type
+        scale = RAW_TOTAL / np.asarray(x.sum(1)).ravel()
+        more = x.sum(0), (x != 0).sum(0), x.T @ scale
         sums += np.stack([np.asarray(values).ravel() for values in more])
     return RawStatistics(*sums / len(cells))
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_scanvi.checks import InputError
+from pyro_scanvi.checks import InputError, check_flags, make_plain
 from pyro_scanvi.growing import placements
 from pyro_scanvi.scanvae import SCANVAE
 
@@ -49,9 +49,8 @@ freeze_batchnorm_decoder, freeze_classifier
     freeze_classifier: bool = True
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if name != "new" and not isinstance(value, bool):
-                raise InputError(f"{name}={value!r}, expected True or False")
+        make_plain(self)
+        check_flags(**{name: flag for name, flag in asdict(self).items() if name != "new"})
 
 
 def frozen(reference: SCANVAE, vae: SCANVAE, **flags: bool) -> Freeze:

@@ -40,9 +40,9 @@ def label_scores(label: np.ndarray, probabilities: np.ndarray) -> dict[str, floa
     predicted = probabilities.argmax(1)
     correct = (predicted == label).astype(float)
     return {
-        "accuracy": accuracy_score(label, predicted),
-        "macro_f1": f1_score(
-            label, predicted, labels=np.unique(label), average="macro", zero_division=0
+        "accuracy": float(accuracy_score(label, predicted)),
+        "macro_f1": float(
+            f1_score(label, predicted, labels=np.unique(label), average="macro", zero_division=0)
         ),
         "calibration_error": expected_calibration_error(correct, probabilities.max(1)),
     }

@@ -1,6 +1,5 @@
 """How the objective is minimised: its weights, their schedule, the optimiser and its schedule."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -10,11 +9,21 @@ from torch.nn import Parameter
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pyro_scanvi.checks import InputError, check_known, look_up
+from pyro_scanvi.checks import (
+    InputError,
+    check_at_least,
+    check_flags,
+    check_known,
+    check_not_negative,
+    check_positive,
+    look_up,
+    make_plain,
+)
 from pyro_scanvi.objective import SemiSupervisedELBO
 from pyro_scanvi.scanvae import SCANVAE
 
 OPTIMIZERS = {"Adam": partial(Adam, fused=True), "AdamW": partial(AdamW, fused=True)}
+CHECKS = {float: check_not_negative, int: partial(check_at_least, 0), bool: check_flags}
 RISING = ("elbo", "accuracy", "macro_f1")  # metrics that training raises; it lowers the others
 FALLING = ("reconstruction", "cross_entropy", "calibration_error")
 
@@ -43,7 +52,7 @@ class Plan:
         Scale a gradient of a larger 2-norm down to this; None never does.
     reduce_lr_on_plateau
         Multiply the learning rate by `lr_factor` when `lr_scheduler_metric` has not improved by
-        `lr_threshold` for `lr_patience` epochs, down to `lr_min`.
+        `lr_threshold` for more than `lr_patience` epochs, down to `lr_min`.
     lr_scheduler_metric
         A column of the history and a split, such as "elbo_validation".
     """
@@ -69,23 +78,26 @@ class Plan:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Plan":
         """A plan with these settings; TypeError for an unknown one, naming the nearest."""
+        if not isinstance(settings, Mapping):
+            raise InputError(f"plan_kwargs={settings!r}, expected a dict")
         check_known(settings, [f.name for f in fields(cls)], "a field of the training plan")
         return cls(**settings)
 
     def __post_init__(self):
+        make_plain(self)
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in (float, int, bool) and not _is_number(value):
-                raise InputError(f"{field.name}={value!r}, expected a number that is at least 0")
-        look_up(OPTIMIZERS, self.optimizer, "optimizer")
-        if self.gradient_clip_norm is not None and not 0 < self.gradient_clip_norm < math.inf:
-            raise InputError(f"gradient_clip_norm={self.gradient_clip_norm}, expected None or > 0")
+            if field.type in CHECKS:
+                CHECKS[field.type](**{field.name: getattr(self, field.name)})
+        if not callable(look_up(OPTIMIZERS, self.optimizer, "optimizer")):
+            raise InputError(f"optimizer={self.optimizer!r}, expected a name or a callable")
+        if self.gradient_clip_norm is not None:
+            check_positive(gradient_clip_norm=self.gradient_clip_norm)
         if self.n_epochs_kl_warmup and self.n_steps_kl_warmup:
             raise InputError("n_epochs_kl_warmup and n_steps_kl_warmup exclude each other")
         if not 0 < self.lr_factor < 1:
             raise InputError(f"lr_factor={self.lr_factor}, expected a number between 0 and 1")
 
-        metric, _, split = self.lr_scheduler_metric.rpartition("_")
+        metric, _, split = str(self.lr_scheduler_metric).rpartition("_")
         if metric not in RISING + FALLING or split not in ("train", "validation"):
             raise InputError(
                 f"lr_scheduler_metric={self.lr_scheduler_metric!r}, expected one of "
@@ -99,8 +111,7 @@ class Plan:
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON holds them; a callable by its name."""
-        name = getattr(self.optimizer, "__qualname__", type(self.optimizer).__qualname__)
-        named = {} if isinstance(self.optimizer, str) else {"optimizer": name}
+        named = {} if isinstance(self.optimizer, str) else {"optimizer": _name(self.optimizer)}
         return asdict(self) | named
 
     def objective(self, vae: SCANVAE) -> SemiSupervisedELBO:
@@ -122,18 +133,30 @@ class Plan:
             return make(trained)
         return make(trained, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
 
-    def make_scheduler(self, optimizer: Optimizer) -> ReduceLROnPlateau:
-        """Lowers the learning rate where the metric stands still."""
+    def make_scheduler(self, optimizer: Optimizer, scored_every: int = 1) -> ReduceLROnPlateau:
+        """Lowers the learning rate where the metric stands still.
+
+        Parameters
+        ----------
+        optimizer
+            Whose learning rate.
+        scored_every
+            Epochs between two scorings of the held-out cells; the patience counts epochs.
+        """
+        seen_every = scored_every if self.watches_validation else 1
         return ReduceLROnPlateau(
             optimizer,
             mode="max" if self.lr_scheduler_metric.startswith(RISING) else "min",
             factor=self.lr_factor,
-            patience=self.lr_patience,
+            patience=self.lr_patience // seen_every,  # it takes one more to be over
             threshold=self.lr_threshold,
             threshold_mode="abs",
             min_lr=self.lr_min,
         )
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and 0 <= value < math.inf  # NaN is not
+def _name(part: Callable) -> str:
+    if isinstance(part, partial):
+        given = [f"{name}={value!r}" for name, value in part.keywords.items()]
+        return f"{_name(part.func)}({', '.join(given)})"
+    return getattr(part, "__qualname__", type(part).__qualname__)

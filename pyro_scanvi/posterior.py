@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_scanvi.checks import check_at_least
+from pyro_scanvi.checks import check_seed
 from pyro_scanvi.data import UNLABELED, CellData, Cells, ordered_loader
 from pyro_scanvi.likelihoods import CountParameters
 from pyro_scanvi.scanvae import SCANVAE
@@ -161,7 +161,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    check_at_least(0, seed=seed)
+    check_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

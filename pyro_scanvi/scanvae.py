@@ -134,6 +134,7 @@ class SCANVAE(nn.Module):
         For a wrong size, value or combination.
     """
 
+    @checks.plain_arguments
     def __init__(
         self,
         n_input: int,

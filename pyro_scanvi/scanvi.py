@@ -16,7 +16,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from pyro_scanvi import asking, freezing, growing, interop, query, saving, training
-from pyro_scanvi.checks import InputError, check_at_least
+from pyro_scanvi.checks import (
+    InputError,
+    check_flags,
+    check_seed,
+    plain,
+    plain_arguments,
+    plain_number,
+)
 from pyro_scanvi.course import Course, default_max_epochs
 from pyro_scanvi.data import CellData, library_prior
 from pyro_scanvi.fields import UNS_KEY, Fields, storable_names, weights_of
@@ -94,7 +101,8 @@ class SCANVI:
         module_class: type[SCANVAE] = SCANVAE,
         **vae_arguments: Any,
     ):
-        check_at_least(0, seed=seed)
+        seed, vae_arguments = plain_number(seed), plain(vae_arguments)
+        check_seed(seed)
         self.fields = Fields.from_uns(adata)
         self.adata = adata
         self.seed = seed
@@ -248,6 +256,7 @@ class SCANVI:
         )
         fields.store(adata)
 
+    @plain_arguments
     def train(
         self,
         max_epochs: int | None = None,
@@ -276,8 +285,11 @@ class SCANVI:
     ) -> "SCANVI":
         """Train, or train on.
 
-        Two runs with the same seed on one machine are equal bit for bit. Ctrl-C ends training
-        early and keeps what was learned.
+        Two runs with the same seed on one machine, with one number of threads, are equal bit for
+        bit. The threads are those that torch was told (OMP_NUM_THREADS, MKL_NUM_THREADS or
+        ``torch.set_num_threads``), also where numba, which scanpy calls, has raised them; what was
+        found is put back at the end. Ctrl-C ends training early and keeps what was learned.
+        Numbers may be numpy's.
 
         Parameters
         ----------
@@ -290,7 +302,7 @@ class SCANVI:
             Passes before those, without labels: encoder and decoder are trained as scVI, which is
             a warm start. The history calls them "pretrain"; callbacks see the rest only.
         train_size, validation_size
-            Shares of the cells to train on and to score in each epoch; None is the rest.
+            Shares of the cells to train on and to score; a `validation_size` of None is the rest.
         batch_size
             Cells in a minibatch.
         class_balanced
@@ -300,39 +312,51 @@ class SCANVI:
             Weight of each cell in the objective, positive: numbers or a column of obs. A weight of
             2 is as if the cell were there twice; they are scaled to a mean of 1.
         early_stopping, early_stopping_patience
-            Stop when the ELBO of the held-out cells has not risen for so many epochs.
+            Stop when the ELBO of the held-out cells has not risen for so many epochs, or at the
+            first scoring after them.
         check_val_every_n_epoch
             Score the held-out cells every so many epochs.
         plan_kwargs
             Fields of :class:`~pyro_scanvi.plan.Plan`: learning rate, optimiser, KL warm-up, ...
         callbacks, logger
-            Lightning's, beside our own.
+            Lightning's, beside our own; lists, or for the logger one.
         accelerator, devices, precision
             As for Lightning's Trainer: one device; "32-true", "64-true" or "bf16-mixed".
         checkpoint_dir
-            Folder to keep ``last.ckpt`` in, the state after the last epoch that ended. One that is
-            there is not replaced by a fresh start.
+            Folder to keep ``last.ckpt`` in, the state after the last epoch that was trained whole.
+            One that is there is not replaced by a fresh start.
         ckpt_path
             Go on from such a file. Make the model and call this with the arguments that it was
-            started with: it ends as if it had never stopped, bit for bit. Only `max_epochs` may
-            be larger. "last" is the file in `checkpoint_dir` if there is one, so that a script can
-            be started again as it is. No pickle is executed.
+            started with, on as many threads: it ends as if it had never stopped, bit for bit. Only
+            `max_epochs` may be larger; a run that early stopping has ended stays as it is. "last"
+            is the file in `checkpoint_dir` if there is one, so that a script can be started again
+            as it is. No pickle is executed.
         progress_bar
             Show one.
         seed
             Of shuffling, dropout and sampling; None is the model's own. The split is always that
-            of the model's seed, so that training on never sees held-out cells.
+            of the model's seed, so that training on with the same shares never sees held-out
+            cells.
         trainer_kwargs
-            Further arguments of Lightning's Trainer, such as ``max_time``.
+            Further arguments of Lightning's Trainer, such as ``max_time``; each phase, the warm
+            start and the training, has a Trainer of its own.
 
         Raises
         ------
         InputError, ValueError, TypeError
-            For arguments that make no sense; nothing is computed then.
+            For arguments that make no sense, such as early stopping by cells that are never
+            scored; nothing is computed then.
         NonFiniteError
             If a loss or gradient is not finite: it names the site, the genes and the cells. The
             model keeps the last weights for which both were.
+
+        Warns
+        -----
+        UserWarning
+            If Ctrl-C was pressed; or after the first epoch, if there are more than 5,000 genes and
+            the epochs to come will take more than two minutes.
         """
+        check_flags(early_stopping=early_stopping)
         default_epochs = default_max_epochs(len(self._data))
         course = Course(
             max_epochs=default_epochs if max_epochs is None else max_epochs,
@@ -387,17 +411,17 @@ class SCANVI:
         return training.epochs_in(self.history.to_dict("records"))
 
     # What is asked of a trained model; each is a function of asking.py.
-    predict = asking.predict
-    get_latent_representation = asking.get_latent_representation
-    get_normalized_expression = asking.get_normalized_expression
-    get_likelihood_parameters = asking.get_likelihood_parameters
-    get_latent_library_size = asking.get_latent_library_size
-    posterior_predictive_sample = asking.posterior_predictive_sample
-    get_feature_correlation_matrix = asking.get_feature_correlation_matrix
-    get_elbo = asking.get_elbo
-    get_reconstruction_error = asking.get_reconstruction_error
-    get_marginal_ll = asking.get_marginal_ll
-    differential_expression = asking.differential_expression
+    predict = plain_arguments(asking.predict)
+    get_latent_representation = plain_arguments(asking.get_latent_representation)
+    get_normalized_expression = plain_arguments(asking.get_normalized_expression)
+    get_likelihood_parameters = plain_arguments(asking.get_likelihood_parameters)
+    get_latent_library_size = plain_arguments(asking.get_latent_library_size)
+    posterior_predictive_sample = plain_arguments(asking.posterior_predictive_sample)
+    get_feature_correlation_matrix = plain_arguments(asking.get_feature_correlation_matrix)
+    get_elbo = plain_arguments(asking.get_elbo)
+    get_reconstruction_error = plain_arguments(asking.get_reconstruction_error)
+    get_marginal_ll = plain_arguments(asking.get_marginal_ll)
+    differential_expression = plain_arguments(asking.differential_expression)
 
     @staticmethod
     def prepare_query_anndata(
@@ -438,6 +462,7 @@ class SCANVI:
         return query.prepare(adata, fields)
 
     @classmethod
+    @plain_arguments
     def load_query_data(
         cls,
         adata: ad.AnnData,
@@ -530,7 +555,8 @@ class SCANVI:
         """
         source = _as_reference(reference)
         seed = source.seed if seed is None else seed
-        check_at_least(0, seed=seed)
+        check_seed(seed)
+        check_flags(extend_categories=extend_categories)
         flags = {
             "unfrozen": unfrozen,
             "freeze_dropout": freeze_dropout,

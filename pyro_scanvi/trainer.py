@@ -15,10 +15,11 @@ import lightning
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pyro_scanvi.callbacks import LastGoodWeights, ProgressBar
 from pyro_scanvi.checkpoints import LastCheckpoint, WholeFiles
-from pyro_scanvi.checks import InputError, check_known
+from pyro_scanvi.checks import InputError, check_flags, check_known, make_plain
 from pyro_scanvi.course import Course
 from pyro_scanvi.plan import Plan
 
@@ -46,12 +47,15 @@ OURS = (  # arguments of Lightning's Trainer that train spells out or decides
     "strategy",
     "num_nodes",
     "plugins",
+    "overfit_batches",  # Lightning would replace the sampler
+    "val_check_interval",  # the history has one scoring for an epoch
 )
+COMPUTING = ("accumulate_grad_batches", "limit_train_batches", "limit_val_batches")
 
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """How Lightning runs: nothing here changes what is computed, but for precision and device.
+    """How Lightning runs; what of it changes the numbers is told by :meth:`computing`.
 
     Attributes
     ----------
@@ -77,24 +81,48 @@ class TrainerOptions:
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        make_plain(self)
         if self.precision not in PRECISIONS:
             raise InputError(
                 f"precision={self.precision!r}, expected one of {', '.join(PRECISIONS)}: counts "
                 "and their likelihoods leave the range of 16-bit floats"
             )
-        several = isinstance(self.devices, Sequence) and len(self.devices) != 1
-        if self.devices not in ("auto", 1, "1") and (several or isinstance(self.devices, int)):
-            raise InputError(
-                f"devices={self.devices!r}, expected 'auto', 1 or a list of one index: training "
-                "runs on one device"
-            )
+        self._check_devices()
+        check_flags(progress_bar=self.progress_bar)
+        _check_all(Callback, callbacks=self.callbacks)
+        if self.logger not in (None, True, False):
+            given = self.logger if isinstance(self.logger, Sequence) else [self.logger]
+            _check_all(Logger, logger=given)
+        if not isinstance(self.trainer_kwargs, Mapping):
+            raise InputError(f"trainer_kwargs={self.trainer_kwargs!r}, expected a dict")
         known = set(inspect.signature(lightning.Trainer.__init__).parameters) - {"self", *OURS}
         check_known(self.trainer_kwargs, sorted(known), "a free argument of Lightning's Trainer")
+
+    @property
+    def scores(self) -> bool:
+        """Whether the Trainer looks at held-out cells."""
+        return self.trainer_kwargs.get("limit_val_batches") != 0
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the run ends after some optimiser steps."""
+        return self.trainer_kwargs.get("max_steps", -1) != -1
+
+    def computing(self) -> dict[str, Any]:
+        """What a run that resumes one with these options must share."""
+        given = {k: self.trainer_kwargs[k] for k in COMPUTING if k in self.trainer_kwargs}
+        return {"precision": self.precision} | given
 
     def trainer(
         self, max_epochs: int, course: Course, plan: Plan, callbacks: Sequence[Callback]
     ) -> lightning.Trainer:
-        """A Lightning Trainer that writes nothing by itself; `callbacks` come beside ours."""
+        """A Lightning Trainer that writes nothing by itself; `callbacks` come beside ours.
+
+        Raises
+        ------
+        InputError
+            If Lightning refuses, as for a device that is not there.
+        """
         callbacks = [LastGoodWeights(), *self._ours(), *callbacks]
         kinds = {  # Lightning refuses such callbacks where it is told to have none
             "enable_checkpointing": Checkpoint,
@@ -102,27 +130,44 @@ class TrainerOptions:
             "enable_model_summary": ModelSummary,
         }
         enabled = {k: any(isinstance(c, v) for c in callbacks) for k, v in kinds.items()}
-        devices = 1 if self.devices == "auto" else self.devices
-        return lightning.Trainer(
-            max_epochs=max_epochs,
-            accelerator=self.accelerator,
-            devices=devices,
-            precision=self.precision,
-            callbacks=callbacks,
-            logger=self.logger,
-            gradient_clip_val=plan.gradient_clip_norm,
-            check_val_every_n_epoch=course.check_val_every_n_epoch,
-            num_sanity_val_steps=0,
-            **enabled,
-            **({"log_every_n_steps": 1} | dict(self.trainer_kwargs)),
-            plugins=WholeFiles(),
-        )
+        arguments = {
+            "max_epochs": max_epochs,
+            "accelerator": self.accelerator,
+            "devices": 1 if self.devices == "auto" else self.devices,
+            "precision": self.precision,
+            "callbacks": callbacks,
+            "logger": self.logger,
+            "gradient_clip_val": plan.gradient_clip_norm,
+            "check_val_every_n_epoch": course.check_val_every_n_epoch,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "plugins": WholeFiles(),
+        }
+        try:
+            return lightning.Trainer(**(arguments | enabled | dict(self.trainer_kwargs)))
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+            raise InputError(f"Lightning's Trainer refuses to run like this: {error}") from error
+
+    def _check_devices(self) -> None:
+        index = isinstance(self.devices, list | tuple) and len(self.devices) == 1
+        if not index and self.devices not in ("auto", 1, "1"):
+            raise InputError(
+                f"devices={self.devices!r}, expected 'auto', 1 or a list of one index: training "
+                "runs on one device"
+            )
 
     def _ours(self) -> list[Callback]:
         ours: list[Callback] = [ProgressBar()] if self.progress_bar else []
         if self.checkpoint_dir is not None:
             ours.append(LastCheckpoint(Path(self.checkpoint_dir)))
         return ours
+
+
+def _check_all(kind: type, **given: Any) -> None:
+    """Refuse what is no list of instances of Lightning's."""
+    for name, members in given.items():
+        if not isinstance(members, Sequence) or not all(isinstance(m, kind) for m in members):
+            raise InputError(f"{name}={members!r}, expected a list of Lightning's {kind.__name__}s")
 
 
 @contextmanager

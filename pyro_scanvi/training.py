@@ -45,11 +45,16 @@ def fit(
     Raises
     ------
     InputError
-        If early stopping has no held-out cells, or the checkpoint is damaged, of another run, or
-        would be replaced.
+        If early stopping or the learning rate watches scores that never come, or the checkpoint is
+        damaged, of another run, or would be replaced.
     NonFiniteError
         If a loss or gradient is not finite; the last good weights are kept.
     """
+    if options.counts_steps and (ckpt_path is not None or options.checkpoint_dir is not None):
+        raise InputError(
+            "max_steps cannot go with checkpoints: where Lightning counts steps, it does not go on "
+            "from the end of an epoch; leave max_steps out, or ckpt_path and checkpoint_dir"
+        )
     run = _Run.of(vae, data, plan, course, options, history, guards)
     checkpoint = None
     ckpt_path = checkpoints.find(ckpt_path, options.checkpoint_dir)
@@ -100,12 +105,12 @@ class _Run:
             "early_stopping": course.early_stopping is not None,
             "lr_scheduler_metric": plan.watches_validation,
         }
-        for name, watches in watching.items():
-            if watches and not len(positions[1]):
-                raise InputError(f"{name} needs held-out cells; lower train_size")
+        for name in (name for name, watches in watching.items() if watches):
+            _check_scored(name, len(positions[1]), course, options)
         settings = asdict(course) | plan.record()
         fixed = {k: v for k, v in settings.items() if k not in MAY_CHANGE}
-        identity = fixed | {"precision": options.precision, "data": checkpoints.digest(data)}
+        identity = fixed | options.computing()
+        identity |= {"data": checkpoints.digest(data)}
         return cls(vae, data, plan, course, options, history, guards, positions, identity)
 
     def pretraining(self) -> Phase:
@@ -119,7 +124,7 @@ class _Run:
         """The objective itself."""
         callbacks = [*self.guards, *self.options.callbacks]
         if self.course.early_stopping is not None:
-            patience = self.course.early_stopping
+            patience = self.course.early_stopping_scorings
             callbacks.append(EarlyStopping("elbo_validation", mode="max", patience=patience))
         bound = self.plan.objective(self.vae)(self.vae.model, self.vae.guide)
         return Phase("train", self.course.max_epochs, bound, self.plan, callbacks)
@@ -173,6 +178,26 @@ class _Run:
         rng = np.random.default_rng([self.course.seed, epoch, 1])
         label = self.data.label[self.positions[0]]
         return subsampled_labels(label, self.course.n_samples_per_label, rng)
+
+
+def _check_scored(name: str, n_held_out: int, course: Course, options: TrainerOptions) -> None:
+    """Refuse to watch scores that never come."""
+    if not n_held_out:
+        raise InputError(
+            f"{name} needs held-out cells, and there are none; lower train_size, or raise "
+            "validation_size"
+        )
+    if not course.scores:
+        raise InputError(
+            f"{name} needs scores of held-out cells, but check_val_every_n_epoch="
+            f"{course.check_val_every_n_epoch} is more than max_epochs={course.max_epochs}; lower "
+            "check_val_every_n_epoch"
+        )
+    if not options.scores:
+        raise InputError(
+            f"{name} needs scores of held-out cells, but limit_val_batches=0 scores none; leave it "
+            "out of trainer_kwargs"
+        )
 
 
 def epochs_in(history: Rows) -> int:

@@ -8,6 +8,7 @@ import lightning
 import numpy as np
 import pyro
 import torch
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_scanvi import checkpoints, nonfinite
@@ -75,9 +76,14 @@ class TrainingPlan(lightning.LightningModule):
         """Optimiser over the parameters that are to be trained."""
         optimizer = self.plan.make_optimizer(self.vae.parameters())
         if self.plan.reduce_lr_on_plateau:
-            self.scheduler = self.plan.make_scheduler(optimizer)
+            scored_every = self.trainer.check_val_every_n_epoch or 1
+            self.scheduler = self.plan.make_scheduler(optimizer, scored_every)
             self.scheduler.load_state_dict(self.resumed.get("scheduler", {}))
         return optimizer
+
+    def on_train_start(self) -> None:
+        """Do not go on where early stopping had ended the run."""
+        self.trainer.should_stop = self.resumed.get("stopped", False)
 
     def on_train_epoch_start(self) -> None:
         """Go on with the random state of a checkpoint, and draw who is classified."""
@@ -119,6 +125,7 @@ class TrainingPlan(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an epoch depends on beside weights and optimiser."""
+        reasons = [c.stopping_reason for c in self.trainer.early_stopping_callbacks]
         checkpoint[checkpoints.KEY] = {
             "identity": self.identity,
             "phase": self.phase,
@@ -126,6 +133,7 @@ class TrainingPlan(lightning.LightningModule):
             "history": self.rows,
             "random_state": checkpoints.random_state(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
+            "stopped": any(reason != EarlyStoppingReason.NOT_STOPPED for reason in reasons),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

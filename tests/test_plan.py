@@ -18,6 +18,10 @@ QUIET = {"batch_size": 32, "progress_bar": False}
         ({"lr": -1.0}, "lr=-1.0, expected a number"),
         ({"weight_decay": float("nan")}, "weight_decay=nan"),
         ({"lr": "fast"}, "lr='fast'"),
+        ({"gradient_clip_norm": "soft"}, "gradient_clip_norm='soft'"),
+        ({"optimizer": 3}, "optimizer=3, expected a name or a callable"),
+        ({"lr_scheduler_metric": 3}, "lr_scheduler_metric=3, expected one of"),
+        ({"lr_patience": 2.5}, "lr_patience=2.5, expected an integer"),
         ({"gradient_clip_norm": 0.0}, "gradient_clip_norm=0.0"),
         ({"n_epochs_kl_warmup": 2, "n_steps_kl_warmup": 2}, "exclude each other"),
         ({"lr_factor": 1.0}, "lr_factor=1.0"),
@@ -65,7 +69,7 @@ def test_an_optimizer_of_ones_own():
     plan = {"optimizer": partial(torch.optim.SGD, lr=0.0), "lr": 1.0}
     model.train(1, **QUIET, plan_kwargs=plan)
     assert all(v.equal(before[k]) for k, v in model.module.named_parameters())
-    assert model.training_settings["optimizer"] == "partial"
+    assert model.training_settings["optimizer"] == "SGD(lr=0.0)"
 
 
 def test_kl_weight_by_steps():
@@ -91,6 +95,9 @@ def test_clipped_gradients():
 
 def rates(**changes):
     """The learning rate of each step, one an epoch."""
+    arguments = {"batch_size": 200, "progress_bar": False}
+    arguments["check_val_every_n_epoch"] = changes.pop("every", 1)
+    epochs = changes.pop("epochs", 4)
     seen = []
 
     class Noted(torch.optim.SGD):
@@ -99,7 +106,7 @@ def rates(**changes):
             return super().step(closure)
 
     plan = {"optimizer": partial(Noted, lr=1e-6), "reduce_lr_on_plateau": True} | changes
-    small_model(simulated()).train(4, batch_size=200, progress_bar=False, plan_kwargs=plan)
+    small_model(simulated()).train(epochs, **arguments, plan_kwargs=plan)
     return seen
 
 
@@ -112,6 +119,21 @@ def test_the_learning_rate_falls_on_a_plateau():
     assert rates(**(stuck | {"lr_patience": 1})) == pytest.approx([1e-6, 1e-6, 1e-6, 5e-7])
     assert rates(**stuck, lr_scheduler_metric="reconstruction_train")[-1] == pytest.approx(2.5e-7)
     assert rates(lr_threshold=0.0, lr_patience=4) == [1e-6] * 4
+
+
+@pytest.mark.parametrize(
+    "patience, halved_after", [(0, [4, 6]), (1, [4, 6]), (2, [6]), (3, [6]), (4, []), (9, [])]
+)
+def test_the_patience_of_the_learning_rate_is_counted_in_epochs(patience, halved_after):
+    """The first scoring, after epoch 2, sets the mark; the next are 2, 4, ... epochs behind it."""
+    stuck = {"lr_threshold": 1e6, "lr_factor": 0.5, "lr_patience": patience}
+    seen = rates(**stuck, every=2, epochs=7)
+    halved = [i for i in range(1, 7) if seen[i] < seen[i - 1]]
+    assert halved == halved_after
+    on_training_cells = rates(**stuck, every=2, epochs=7, lr_scheduler_metric="elbo_train")
+    assert [i for i in range(1, 7) if on_training_cells[i] < on_training_cells[i - 1]][:1] == (
+        [patience + 2] if patience < 5 else []
+    )
 
 
 @pytest.mark.parametrize("metric, mode", [("elbo_train", "max"), ("cross_entropy_train", "min")])

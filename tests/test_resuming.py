@@ -3,14 +3,19 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
+from scipy.sparse import csr_matrix
 
 from pyro_scanvi import SCANVI, InputError
+from pyro_scanvi.checkpoints import digest
+from pyro_scanvi.data import CellData
 from pyro_scanvi.training_plan import TrainingPlan
 from tests.examples import SMALL, simulated, small_model
 
@@ -134,6 +139,74 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert_equal(run({}, ckpt_path=tmp_path / "last.ckpt"), whole)
 
 
+STOPPED = {
+    "ours": lambda: {"early_stopping": True, "early_stopping_patience": 2},
+    "the user's": lambda: {"callbacks": [EarlyStopping("elbo_train", mode="max", patience=2)]},
+    "at a threshold in the first epoch": lambda: {
+        "callbacks": [EarlyStopping("elbo_train", mode="max", stopping_threshold=-1e9)]
+    },
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_run_that_stopped_early_is_left_as_it_is(tmp_path, name):
+    """However often the same script is started again, and with more epochs too."""
+    still = {"plan_kwargs": {"lr": 0.0}}
+    whole = run(still, tmp_path, epochs=40, **STOPPED[name]())
+    assert whole.n_epochs_trained < 40
+    for epochs in (40, 40, 50):
+        again = run(still, tmp_path, epochs=epochs, ckpt_path="last", **STOPPED[name]())
+        assert_equal(again, whole)
+
+
+def test_early_stopping_goes_on_where_it_was_not_over(tmp_path):
+    """The patience that was used up before a stop counts after it."""
+    settings = {"early_stopping": True, "early_stopping_patience": 3, "plan_kwargs": {"lr": 0.0}}
+    whole = run(settings, epochs=40)
+    last = whole.n_epochs_trained
+    run(settings, tmp_path, epochs=last - 1)
+    assert_equal(run(settings, epochs=40, ckpt_path=tmp_path / "last.ckpt"), whole)
+
+
+@pytest.mark.parametrize(
+    "hook, pretrain_epochs",
+    [
+        ("on_train_epoch_start", 0),
+        ("on_train_batch_start", 0),
+        ("on_train_batch_end", 0),
+        ("on_train_batch_end", 1),
+        ("on_validation_batch_end", 0),
+        ("on_train_epoch_end", 0),
+    ],
+)
+def test_a_run_that_was_told_to_stop_is_resumed(tmp_path, hook, pretrain_epochs):
+    """As by Ctrl-C or max_time, in the middle of an epoch: that epoch is trained again, whole."""
+    settings = {"pretrain_epochs": pretrain_epochs}
+
+    def stop(trainer, *arguments):
+        trainer.should_stop |= trainer.current_epoch == 1
+
+    first = run(settings, tmp_path, callbacks=[LambdaCallback(**{hook: stop})])
+    assert first.n_epochs_trained < EPOCHS
+    assert_equal(run(settings, tmp_path, ckpt_path="last"), run(settings))
+
+
+def test_a_run_that_was_told_to_stop_in_its_first_epoch_starts_anew(tmp_path):
+    def stop(trainer, *arguments):
+        trainer.should_stop = True
+
+    run({}, tmp_path, callbacks=[LambdaCallback(on_train_batch_end=stop)])
+    assert not (tmp_path / "last.ckpt").exists()
+    assert_equal(run({}, tmp_path, ckpt_path="last"), run({}))
+
+
+def test_steps_are_not_counted_with_checkpoints(tmp_path):
+    """Lightning would take the end of an epoch for its middle."""
+    for more in ({"checkpoint_dir": tmp_path}, {"ckpt_path": tmp_path / "last.ckpt"}):
+        with pytest.raises(InputError, match="max_steps cannot go with checkpoints"):
+            run({}, trainer_kwargs={"max_steps": 100}, **more)
+
+
 def test_a_query_is_resumed(stopped_query, tmp_path):
     """What is frozen stays so, in the rest of the run too."""
     reference, query = stopped_query
@@ -223,6 +296,10 @@ def checkpoint(tmp_path_factory):
         ({"precision": "64-true"}, "precision was"),
         ({"cell_weights": np.arange(1.0, 121)}, "data was"),
         ({"seed": 4}, "seed was 2, is 4"),
+        (
+            {"trainer_kwargs": {"accumulate_grad_batches": 2}},
+            "accumulate_grad_batches was None, is 2",
+        ),
     ],
 )
 def test_another_run_is_refused(checkpoint, change, named):
@@ -234,6 +311,22 @@ def test_another_run_is_refused(checkpoint, change, named):
         model.train(2, **arguments)
     assert all(before[k].equal(v) for k, v in model.module.state_dict().items())
     assert model.history.empty
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(CellData)])
+def test_any_other_data_have_another_digest(name):
+    """Each field by the least that it can differ by; the same numbers in another place too."""
+    one = np.arange(12.0).reshape(6, 2)
+    data = CellData(one, one[:, 0], one[:, 0])
+    digests = {digest(data), digest(replace(data, counts=csr_matrix(one)))}
+    assert len(digests) == 1
+    for other in (one[:, :1], one[:, :1] + 2.0**-40, one[::-1][:, :1], None):
+        if name == "counts" and other is not None:
+            other = np.hstack([other, one])
+        elif name == "counts":
+            continue
+        digests.add(digest(replace(data, **{name: other})))
+    assert len(digests) >= 4
 
 
 def test_another_model_and_other_cells_are_refused(checkpoint):

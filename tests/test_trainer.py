@@ -83,6 +83,22 @@ def test_half_precision_keeps_the_likelihood_whole():
         ({"precision": "16-mixed"}, "precision='16-mixed', expected one of 32-true, 64-true"),
         ({"devices": 2}, "devices=2, expected 'auto', 1"),
         ({"devices": [0, 1]}, r"devices=\[0, 1\]"),
+        ({"devices": "2"}, "devices='2', expected 'auto', 1"),
+        ({"devices": np.int64(2)}, "devices=2, expected 'auto', 1"),
+        ({"accelerator": "abacus"}, "Lightning's Trainer refuses .* invalid accelerator name"),
+        ({"trainer_kwargs": {"max_time": "long"}}, "Lightning's Trainer refuses .* duration"),
+        ({"trainer_kwargs": {"max_steps": -7}}, "Lightning's Trainer refuses .*`max_steps`"),
+        ({"trainer_kwargs": 3}, "trainer_kwargs=3, expected a dict"),
+        ({"plan_kwargs": 3}, "plan_kwargs=3, expected a dict"),
+        ({"callbacks": [print]}, "callbacks=.* expected a list of Lightning's Callbacks"),
+        ({"callbacks": lightning_callbacks.Timer()}, "expected a list of Lightning's Callbacks"),
+        ({"logger": "csv"}, "logger=.*'csv'.* expected a list of Lightning's Loggers"),
+        ({"train_size": "most"}, "train_size='most', expected a share"),
+        ({"train_size": None}, "train_size=None, expected a share"),
+        ({"validation_size": "some"}, "validation_size='some', expected a share"),
+        ({"early_stopping": True, "early_stopping_patience": -3}, "early_stopping_patience=-3"),
+        ({"early_stopping": True, "early_stopping_patience": 2.5}, "early_stopping_patience=2.5"),
+        ({"seed": 2**64}, "seed=18446744073709551616, expected an integer below"),
     ],
 )
 def test_refused(arguments, message):
@@ -105,6 +121,8 @@ def test_further_arguments_of_the_trainer():
     [
         ("max_stepz", "did you mean 'max_steps'"),
         ("callbacks", "'callbacks' is not a free argument"),
+        ("val_check_interval", "'val_check_interval' is not a free argument"),
+        ("overfit_batches", "'overfit_batches' is not a free argument"),
     ],
 )
 def test_unknown_arguments_of_the_trainer(name, message):

@@ -265,6 +265,49 @@ def test_early_stopping_stops():
     assert len(epochs) == len(elbo)
 
 
+@pytest.mark.parametrize("every, patience", [(1, 3), (2, 3), (2, 4), (3, 2)])
+def test_the_patience_of_early_stopping_is_counted_in_epochs(every, patience):
+    """At the first scoring that comes so many epochs, or more, after the best."""
+    stopping = {"early_stopping": True, "early_stopping_patience": patience}
+    stopping |= {"check_val_every_n_epoch": every, "plan_kwargs": {"lr": 0.0}}
+    model = train(small_model(simulated()), 60, batch_size=200, **stopping)
+    scored = model.history.query("split == 'validation'").set_index("epoch")["elbo"]
+    assert model.n_epochs_trained < 60
+    last, one_before = scored.index[-1], scored.index[-2]
+    assert one_before - scored.idxmax() < patience <= last - scored.idxmax()
+    assert last == model.n_epochs_trained - 1
+
+
+WATCHING = {
+    "early_stopping": {"early_stopping": True},
+    "lr_scheduler_metric": {"plan_kwargs": {"reduce_lr_on_plateau": True}},
+}
+NEVER_SCORED = {
+    "check_val_every_n_epoch=3 is more than max_epochs=2": {"check_val_every_n_epoch": 3},
+    "limit_val_batches=0": {"trainer_kwargs": {"limit_val_batches": 0.0}},
+    "held-out cells, and there are none": {"validation_size": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", WATCHING)
+@pytest.mark.parametrize("reason", NEVER_SCORED)
+def test_what_is_never_scored_cannot_be_watched(name, reason):
+    """And may be, where nothing watches it, or nothing is trained that could stop."""
+    model = small_model(simulated())
+    before = state(model)
+    with pytest.raises(InputError, match=f"{name} needs .*{reason}"):
+        train(model, **WATCHING[name], **NEVER_SCORED[reason])
+    assert not changed(before, state(model)) and model.history.empty
+    assert set(train(model, **NEVER_SCORED[reason]).history["split"]) == {"train"}
+    on_training_cells = {"reduce_lr_on_plateau": True, "lr_scheduler_metric": "elbo_train"}
+    train(model, **NEVER_SCORED[reason], plan_kwargs=on_training_cells)
+
+
+def test_a_warm_start_alone_has_nothing_to_stop():
+    model = train(small_model(simulated()), 0, pretrain_epochs=1, early_stopping=True)
+    assert model.n_epochs_trained == 1
+
+
 @pytest.mark.parametrize("n, train_size", [(120, 1.0), (12, 0.9)])
 def test_early_stopping_needs_held_out_cells(n, train_size):
     """None are asked for, or the classes are too small to give any."""
