@@ -9,21 +9,21 @@ import anndata as ad
 import matplotlib.pyplot as plt
 import pandas as pd
 import scanpy as sc
-import torch
 from matplotlib.figure import Figure
 from scanpy.plotting.palettes import default_20, default_102
+
+from pyro_scanvi.threads import as_told
 
 
 def compute_umap(adata: ad.AnnData, seed: int = 0) -> None:
     """UMAP of ``obsm["X_scanvi"]`` by scanpy, into ``obsm["X_umap"]``."""
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():  # numba and umap speak of their own insides
+    # numba sets the threads of OpenMP, which are torch's too, and speaks of its own insides.
+    with as_told(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         n_neighbors = min(15, max(2, adata.n_obs - 1))
         sc.pp.neighbors(adata, use_rep="X_scanvi", n_neighbors=n_neighbors, random_state=seed)
         start = "spectral" if adata.n_obs > 3 else "random"  # three cells have no spectrum to use
         sc.tl.umap(adata, init_pos=start, random_state=seed)
-    torch.set_num_threads(threads)  # numba has set those of OpenMP, which are torch's too
 
 
 def umap_figure(adata: ad.AnnData, columns: Sequence[str], unlabeled: str = "Unknown") -> Figure:

@@ -12,6 +12,7 @@ from pyro_scanvi.checks import check_seed
 from pyro_scanvi.data import UNLABELED, CellData, Cells, ordered_loader
 from pyro_scanvi.likelihoods import CountParameters
 from pyro_scanvi.scanvae import SCANVAE
+from pyro_scanvi.threads import as_told
 
 LARGEST_PASS = 2**22  # numbers in a tensor of samples: 16 MB, large enough to keep a core busy
 
@@ -169,11 +170,11 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def evaluating(vae: SCANVAE) -> Iterator[None]:
-    """Without gradients and in eval mode, so that no batch norm moves; the mode is restored."""
+    """Without gradients, in eval mode and on the threads that torch was told; all is restored."""
     training = vae.training
     vae.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_told():
             yield
     finally:
         vae.train(training)

@@ -20,6 +20,7 @@ from pyro_scanvi.objective import BoundModule
 from pyro_scanvi.plan import Plan
 from pyro_scanvi.pretraining import Unsupervised
 from pyro_scanvi.scanvae import SCANVAE
+from pyro_scanvi.threads import as_told, told
 from pyro_scanvi.trainer import TrainerOptions, quiet_lightning, stop_on_interrupt
 from pyro_scanvi.training_plan import TrainingPlan
 
@@ -63,6 +64,7 @@ def fit(
         checkpoints.check_resumable(checkpoint, run.identity, vae.state_dict())
         checkpoints.check_epochs(checkpoint, course.max_epochs)
     with ExitStack() as stack:
+        stack.enter_context(as_told())
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(quiet_lightning())
         stack.callback(vae.eval)
@@ -110,7 +112,7 @@ class _Run:
         settings = asdict(course) | plan.record()
         fixed = {k: v for k, v in settings.items() if k not in MAY_CHANGE}
         identity = fixed | options.computing()
-        identity |= {"data": checkpoints.digest(data)}
+        identity |= {"threads": told(), "data": checkpoints.digest(data)}
         return cls(vae, data, plan, course, options, history, guards, positions, identity)
 
     def pretraining(self) -> Phase:

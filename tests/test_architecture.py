@@ -9,7 +9,7 @@ import pyro_scanvi
 
 FOLDER = Path(pyro_scanvi.__file__).parent
 LAYERS = [
-    {"names", "data", "distributions", "networks", "metrics", "datasets", "plotting", "baselines"},
+    {"names", "data", "distributions", "networks", "metrics", "datasets", "threads", "baselines"},
     {"checks"},
     {
         "columns",
@@ -22,7 +22,7 @@ LAYERS = [
         "course",
         "comparisons",
     },
-    {"scanvae", "saving", "scores", "checkpoints", "callbacks", "differential"},
+    {"scanvae", "saving", "scores", "checkpoints", "callbacks", "differential", "plotting"},
     {"plan", "pretraining", "posterior", "interop", "growing"},
     {"trainer", "training_plan", "freezing", "expression", "correlation", "elbo", "importance"},
     {"training", "fields"},  # fields read the registry of a saved scvi-tools model too
@@ -42,7 +42,7 @@ ONLY = {  # where a layer would allow more
     "saving": {"checks", "files"},
     "comparisons": {"checks", "names"},
     "differential": {"checks", "comparisons"},
-    "posterior": {"checks", "data", "likelihoods", "scanvae"},
+    "posterior": {"checks", "data", "likelihoods", "scanvae", "threads"},
     "expression": {"data", "likelihoods", "posterior", "scanvae"},
     "correlation": {"checks", "data", "likelihoods", "posterior", "scanvae"},
     "importance": {"data", "posterior", "scanvae"},

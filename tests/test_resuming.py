@@ -313,6 +313,15 @@ def test_another_run_is_refused(checkpoint, change, named):
     assert model.history.empty
 
 
+def test_other_threads_are_refused(checkpoint):
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(InputError, match=r"threads was 1, is 2 \(torch.set_num_threads"):
+            run({}, ckpt_path=checkpoint)
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("name", [f.name for f in fields(CellData)])
 def test_any_other_data_have_another_digest(name):
     """Each field by the least that it can differ by; the same numbers in another place too."""
