@@ -1,4 +1,8 @@
-"""Our own Lightning callbacks: the progress bar, and the guard of the last good weights."""
+"""Our own Lightning callbacks: progress, a hint of a long run, the guard of good weights."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
 
 import lightning
 import torch
@@ -9,6 +13,9 @@ from torch.optim import Optimizer
 
 from pyro_scanvi import nonfinite
 from pyro_scanvi.nonfinite import NonFiniteError
+
+MANY_GENES = 5000
+LONG_RUN = 120.0  # seconds
 
 
 class ProgressBar(Callback):
@@ -42,6 +49,62 @@ class ProgressBar(Callback):
     def on_exception(self, trainer, module, exception: BaseException) -> None:
         """Give the terminal back."""
         self.bar.stop()
+
+
+class TimeHint(Callback):
+    """Says once, after the first epoch that is run, how long many genes will take.
+
+    Parameters
+    ----------
+    n_genes
+        Genes that the model reads.
+    later_epochs
+        For a phase of the run, the epochs that come after it.
+    clock
+        Seconds from any moment on.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        later_epochs: Mapping[str, int],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.n_genes, self.later_epochs, self.clock = n_genes, later_epochs, clock
+        self.silent = n_genes <= MANY_GENES
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Of each phase one epoch is measured, of a resumed one too."""
+        self.measured = False
+
+    def on_train_epoch_start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule
+    ) -> None:
+        """Start the clock."""
+        self.started = self.clock()
+
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule
+    ) -> None:
+        """Read it, unless the epoch was cut short."""
+        if self.silent or self.measured or not trainer.is_last_batch:
+            return
+        self.measured = True
+        seconds = self.clock() - self.started
+        left = trainer.max_epochs - trainer.current_epoch - 1
+        left += self.later_epochs.get(module.phase, 0)
+        if left * seconds > LONG_RUN:
+            self.silent = True
+            self._say(seconds, left)
+
+    def _say(self, seconds: float, left: int) -> None:
+        warnings.warn(
+            f"the first epoch took {seconds:.1f} s, so that the {left} that follow will take about "
+            f"{left * seconds / 60:.0f} minutes. The model reads {self.n_genes} genes: "
+            "SCANVI.setup_anndata(..., n_top_genes=2000), or --n-top-genes 2000, trains on the "
+            "most variable ones",
+            stacklevel=2,
+        )
 
 
 class LastGoodWeights(Callback):

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch.utils.data import DataLoader
 
 from pyro_scanvi import checkpoints
+from pyro_scanvi.callbacks import TimeHint
 from pyro_scanvi.checks import InputError
 from pyro_scanvi.course import Course
 from pyro_scanvi.data import CellData, ordered_loader, split, subsampled_labels, training_loader
@@ -98,6 +99,7 @@ class _Run:
     guards: Sequence[Callback]
     positions: tuple[np.ndarray, np.ndarray]  # of the cells to train on and to score
     identity: dict[str, Any]
+    hint: TimeHint
 
     @classmethod
     def of(cls, vae, data, plan, course, options, history, guards) -> "_Run":
@@ -113,18 +115,20 @@ class _Run:
         fixed = {k: v for k, v in settings.items() if k not in MAY_CHANGE}
         identity = fixed | options.computing()
         identity |= {"threads": told(), "data": checkpoints.digest(data)}
-        return cls(vae, data, plan, course, options, history, guards, positions, identity)
+        hint = TimeHint(vae.n_input, later_epochs={"pretrain": course.max_epochs})
+        return cls(vae, data, plan, course, options, history, guards, positions, identity, hint)
 
     def pretraining(self) -> Phase:
         """The warm start, without the user's callbacks: its scores have other names."""
         story = Unsupervised(self.vae)
         bound = story.objective()(story.model, story.guide)
         plan = replace(self.plan, reduce_lr_on_plateau=False)
-        return Phase("pretrain", self.course.pretrain_epochs, bound, plan, self.guards)
+        callbacks = [*self.guards, self.hint]
+        return Phase("pretrain", self.course.pretrain_epochs, bound, plan, callbacks)
 
     def training(self) -> Phase:
         """The objective itself."""
-        callbacks = [*self.guards, *self.options.callbacks]
+        callbacks = [*self.guards, self.hint, *self.options.callbacks]
         if self.course.early_stopping is not None:
             patience = self.course.early_stopping_scorings
             callbacks.append(EarlyStopping("elbo_validation", mode="max", patience=patience))

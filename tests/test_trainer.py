@@ -2,6 +2,8 @@
 
 import csv
 import datetime
+import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch.callbacks as lightning_callbacks
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from pyro_scanvi import InputError
+from pyro_scanvi import InputError, callbacks
 from tests.examples import simulated, small_model
 
 QUIET = {"batch_size": 32, "progress_bar": False}
@@ -156,3 +158,80 @@ def test_scoring_less_often():
     model = small_model(simulated()).train(5, **QUIET, check_val_every_n_epoch=2)
     assert model.history.query("split == 'validation'")["epoch"].tolist() == [1, 3]
     assert model.history.query("split == 'train'")["epoch"].tolist() == [0, 1, 2, 3, 4]
+
+
+# ---- a hint of a long run -----------------------------------------------------------------------
+
+FEW, MANY = 4000, 11_533
+
+
+class Hinted:
+    """Epochs of given lengths before a TimeHint, and what it says after each."""
+
+    def __init__(self, n_genes, later_epochs=0):
+        self.now = 0.0
+        later = {"pretrain": later_epochs}
+        self.hint = callbacks.TimeHint(n_genes, later, clock=lambda: self.now)
+
+    def phase(self, name, lengths, max_epochs=150, first=0, whole=True):
+        module, said = SimpleNamespace(phase=name), []
+        trainer = SimpleNamespace(max_epochs=max_epochs, is_last_batch=whole)
+        self.hint.on_train_start(trainer, module)
+        for trainer.current_epoch, seconds in enumerate(lengths, start=first):
+            self.hint.on_train_epoch_start(trainer, module)
+            self.now += seconds
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.hint.on_train_epoch_end(trainer, module)
+            said += [(trainer.current_epoch, str(w.message)) for w in caught]
+        return said
+
+
+def test_the_hint_of_a_long_run():
+    """9.6 s an epoch, as was measured: 149 more are 23.84 minutes."""
+    ((epoch, said),) = Hinted(MANY).phase("train", [9.6, 9.6, 99.0])
+    assert epoch == 0
+    for words in ("took 9.6 s", "149 that follow", "about 24 minutes", "11533 genes"):
+        assert words in said
+    assert "n_top_genes=2000" in said and "--n-top-genes 2000" in said
+
+
+@pytest.mark.parametrize(
+    "n_genes, seconds, more",
+    [
+        (FEW, 100.0, {}),
+        (MANY, 0.8, {}),  # 149 of them are just under two minutes
+        (MANY, 100.0, {"max_epochs": 1}),
+        (MANY, 100.0, {"first": 149}),  # resumed before its last epoch
+        (MANY, 100.0, {"whole": False}),  # by Ctrl-C
+    ],
+)
+def test_no_hint(n_genes, seconds, more):
+    assert Hinted(n_genes).phase("train", [seconds], **more) == []
+
+
+def test_the_hint_of_a_resumed_run():
+    """Of the first epoch that is run, and those that are left."""
+    ((epoch, said),) = Hinted(MANY).phase("train", [60.0] * 3, first=140)
+    assert epoch == 140 and "9 that follow" in said and "9 minutes" in said
+
+
+def test_the_hint_of_a_warm_start():
+    """All epochs that follow count; what was said once is not said again."""
+    run = Hinted(MANY, later_epochs=150)
+    ((_, said),) = run.phase("pretrain", [6.0] * 10, max_epochs=10)
+    assert "159 that follow" in said
+    assert run.phase("train", [60.0]) == []
+    run = Hinted(MANY, later_epochs=3)  # short so far
+    assert run.phase("pretrain", [6.0] * 2, max_epochs=2) == []
+    assert len(run.phase("train", [90.0] * 3, max_epochs=3)) == 1
+
+
+def test_a_run_gives_the_hint(monkeypatch, capsys):
+    """Beside the progress bar, for the genes of the model and the epochs that it was asked for."""
+    monkeypatch.setattr(callbacks, "MANY_GENES", 19)
+    monkeypatch.setattr(callbacks, "LONG_RUN", 0.0)
+    with pytest.warns(UserWarning, match="3 that follow .* 20 genes") as caught:
+        small_model(simulated()).train(3, batch_size=32, pretrain_epochs=1)
+    assert len(caught) == 1
+    assert "3/3" in capsys.readouterr().out
