@@ -12,6 +12,7 @@ from scipy.sparse import csr_matrix, issparse
 
 from pyro_scanvi.checks import InputError, check_at_least
 from pyro_scanvi.names import first
+from pyro_scanvi.threads import as_told
 
 Counts = csr_matrix | np.ndarray
 
@@ -171,12 +172,13 @@ def variable_genes(counts: Counts, batch: np.ndarray, n_top_genes: int) -> np.nd
     check_at_least(1, n_top_genes=n_top_genes)
     if n_top_genes >= counts.shape[1]:
         return np.arange(counts.shape[1])
-    cells = ad.AnnData(counts.copy(), obs=pd.DataFrame({"batch": pd.Categorical(batch)}))
-    cells.obs_names = cells.obs_names.astype(str)
-    sc.pp.normalize_total(cells, target_sum=1e4)
-    sc.pp.log1p(cells)
+    obs = pd.DataFrame({"batch": pd.Categorical(batch)}, index=np.arange(len(batch)).astype(str))
+    cells = ad.AnnData(counts.copy(), obs=obs)
     several = "batch" if len(np.unique(batch)) > 1 else None
-    sc.pp.highly_variable_genes(cells, n_top_genes=n_top_genes, batch_key=several)
+    with as_told():  # numba's threads are not left to the user
+        sc.pp.normalize_total(cells, target_sum=1e4)
+        sc.pp.log1p(cells)
+        sc.pp.highly_variable_genes(cells, n_top_genes=n_top_genes, batch_key=several)
     return np.flatnonzero(cells.var["highly_variable"])
 
 

@@ -191,6 +191,7 @@ class SCANVI:
         return model
 
     @staticmethod
+    @plain_arguments
     def setup_anndata(
         adata: ad.AnnData,
         labels_key: str,
@@ -242,6 +243,7 @@ class SCANVI:
             If all cells are labelled, there is one batch only, counts were fractions, which the
             model reads rounded, or categories differ in case and blanks alone.
         """
+        check_flags(use_raw=use_raw)
         fields = Fields.from_anndata(
             adata,
             labels_key,

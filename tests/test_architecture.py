@@ -35,7 +35,7 @@ ONLY = {  # where a layer would allow more
     "objective": {"data"},
     "checks": {"names"},
     "columns": {"checks", "names"},
-    "counts": {"checks", "names"},
+    "counts": {"checks", "names", "threads"},
     "files": {"checks"},
     "pickles": {"checks"},
     "scanvae": {"checks", "data", "likelihoods", "networks"},

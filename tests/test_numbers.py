@@ -34,6 +34,7 @@ KINDS = {  # how an integer, a float and a truth value are made
 
 # Where the default is no number, or not one for a small example.
 VALUES = {
+    "n_top_genes": 15,
     "n_hidden": 16,
     "n_latent": 4,
     "use_labels_groups": True,
@@ -110,7 +111,8 @@ def cells(seed=0):
 
 def new_model(kind=None):
     adata = cells()
-    SCANVI.setup_anndata(adata, "cell_type", "Unknown", batch_key="batch")
+    columns = ("cell_type", "Unknown", None, "batch")
+    SCANVI.setup_anndata(adata, *columns, **written(numbers_of(SCANVI.setup_anndata), kind))
     arguments = numbers_of(SCANVI) | numbers_of(SCANVAE, without=FROM_DATA) | NESTED
     return SCANVI(adata, **written(arguments, kind))
 
@@ -206,12 +208,16 @@ def test_columns_have_the_name_of_the_decimal(model):
 # ---- what is no such number ---------------------------------------------------------------------
 
 DOORS = {
+    "setup_anndata": lambda model, **one: SCANVI.setup_anndata(
+        cells(), "cell_type", "Unknown", **one
+    ),
     "SCANVI": lambda model, **one: SCANVI(model.adata, **one),
     "train": lambda model, **one: model.train(**({"max_epochs": 1, "progress_bar": False} | one)),
     "plan": lambda model, **one: model.train(1, plan_kwargs=one),
     "load_query_data": lambda model, **one: SCANVI.load_query_data(cells(1), model, **one),
 }
 CONSTRUCTORS = {
+    "setup_anndata": [SCANVI.setup_anndata],
     "SCANVI": [SCANVI, SCANVAE],
     "train": [SCANVI.train],
     "plan": [Plan],
