@@ -19,17 +19,17 @@ from pyro_scanvi.baselines import baseline_probabilities
 from pyro_scanvi.checks import InputError
 from pyro_scanvi.counts import empty_cells
 from pyro_scanvi.fields import check_names
-from pyro_scanvi.files import (
-    check_folder,
-    check_writable,
-    exists,
-    make_folder,
-    read_anndata,
-    replacing,
-    write_anndata,
-)
+from pyro_scanvi.files import check_makeable, is_within, make_folder, replacing, user_path
 from pyro_scanvi.metrics import label_scores
 from pyro_scanvi.scanvi import DEFAULTS, FEW_LABELS_PLAN, SCANVI
+from pyro_scanvi.stores import (
+    Compression,
+    check_output,
+    check_storable,
+    layout_of,
+    read_anndata,
+    write_anndata,
+)
 
 app = typer.Typer(
     help="Label every cell of an AnnData from a few labelled ones, with scANVI.",
@@ -40,16 +40,51 @@ app = typer.Typer(
 console = Console()
 complaints = Console(stderr=True)
 
-Source = Annotated[Path, typer.Argument(metavar="IN.h5ad", help="Cells by genes, raw counts.")]
-Output = Annotated[Path, typer.Argument(metavar="OUT.h5ad", help="Where to write the result.")]
+Source = Annotated[
+    Path, typer.Argument(metavar="IN", help="Cells by genes, raw counts: .h5ad or .zarr.")
+]
+Output = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="Result, .h5ad or .zarr, in a folder that is there."),
+]
 LabelsKey = Annotated[str, typer.Option(help="Column of obs with the labels.")]
 UnlabeledCategory = Annotated[
-    str, typer.Option(help="Value of that column where the label is not known.")
+    str,
+    typer.Option(help="Value of that column where the label is not known; or there is no value."),
 ]
 BatchKey = Annotated[
     str | None, typer.Option(help="Column of obs with the batch; one batch if not given.")
 ]
-Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts; X if not given.")]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        help="Layer with the raw counts; raw is raw.X where no layer has that name; X if not given."
+    ),
+]
+UseRaw = Annotated[
+    bool, typer.Option("--use-raw", help="Read the counts in raw.X; off by default.")
+]
+NTopGenes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Learn from the most variable genes only, chosen within each batch; OUT keeps all "
+        "genes; all if not given.",
+    ),
+]
+CategoricalCovariateKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column of obs with a further covariate; repeat for more; none if not given."
+    ),
+]
+ContinuousCovariateKey = Annotated[
+    list[str] | None,
+    typer.Option(help="Column of obs with numbers to explain; repeat for more; none if not given."),
+]
+SizeFactorKey = Annotated[
+    str | None, typer.Option(help="Column of obs with size factors; total counts if not given.")
+]
 MaxEpochs = Annotated[
     int | None,
     typer.Option(
@@ -78,14 +113,18 @@ Seed = Annotated[
     typer.Option(min=0, max=2**32 - 1, help="Seed of weights, split, shuffling and sampling."),
 ]
 Report = Annotated[
-    Path | None, typer.Option(help="Folder for pictures, made if new; none if not given.")
+    Path | None,
+    typer.Option(help="Folder for pictures, made if new, at any depth; none if not given."),
 ]
 DropEmptyCells = Annotated[
     bool,
     typer.Option("--drop-empty-cells", help="Leave out cells without counts; off by default."),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace OUT.h5ad if it exists; off by default.")
+    bool, typer.Option("--overwrite", help="Replace OUT if it is there; off by default.")
+]
+CompressionChoice = Annotated[
+    Compression, typer.Option(help="Of OUT.h5ad; keep is as in IN, of .zarr its own.")
 ]
 
 
@@ -97,6 +136,11 @@ def annotate(
     unlabeled_category: UnlabeledCategory = "Unknown",
     batch_key: BatchKey = None,
     layer: Layer = None,
+    use_raw: UseRaw = False,
+    n_top_genes: NTopGenes = None,
+    categorical_covariate_key: CategoricalCovariateKey = None,
+    continuous_covariate_key: ContinuousCovariateKey = None,
+    size_factor_key: SizeFactorKey = None,
     max_epochs: MaxEpochs = None,
     batch_size: BatchSize = 128,
     n_hidden: NHidden = 128,
@@ -108,21 +152,35 @@ def annotate(
     seed: Seed = 0,
     report: Report = None,
     drop_empty_cells: DropEmptyCells = False,
+    compression: CompressionChoice = Compression.KEEP,
     overwrite: Overwrite = False,
 ) -> None:
-    """Label the cells of IN.h5ad and write them to OUT.h5ad.
+    """Label the cells of IN and write them to OUT.
 
-    OUT.h5ad is IN.h5ad plus obs["scanvi_prediction"], obs["scanvi_confidence"],
+    OUT is IN plus obs["scanvi_prediction"], obs["scanvi_confidence"],
     obsm["scanvi_probabilities"], obsm["X_scanvi"] and uns["pyro_scanvi"].
     """
     with _plain_errors():
-        check_writable(output, overwrite, source)
-        _check_report(report)
+        source, output = user_path(source), user_path(output)
+        report = None if report is None else user_path(report)
+        check_output(output, overwrite, source)
+        _check_report(report, source, output)
         adata = read_anndata(source)
+        layout = layout_of(output, source, compression)
+        check_storable(adata, output, layout)
         if drop_empty_cells:
-            adata = _without_empty_cells(adata, layer)
+            adata = _without_empty_cells(adata, layer, use_raw)
         SCANVI.setup_anndata(
-            adata, labels_key, unlabeled_category, layer=layer, batch_key=batch_key
+            adata,
+            labels_key,
+            unlabeled_category,
+            layer,
+            batch_key,
+            size_factor_key,
+            categorical_covariate_key,
+            continuous_covariate_key,
+            use_raw,
+            n_top_genes,
         )
         model = SCANVI(
             adata,
@@ -139,7 +197,7 @@ def annotate(
             plan_kwargs={"classification_ratio": classification_ratio},
         )
         model.annotate()
-        write_anndata(adata, output)
+        write_anndata(adata, output, layout)
         _say(f"annotated cells: {output}")
         if report is not None:
             write_report(model, report)
@@ -156,7 +214,8 @@ def demo(
 ) -> None:
     """Annotate 700 real blood cells from a few labels, and score the result on the hidden ones."""
     with _plain_errors():
-        make_folder(folder)
+        folder = user_path(folder)
+        check_makeable(folder)
         adata = datasets.pbmc68k_counts()
         adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], labels_per_type, seed)
         SCANVI.setup_anndata(adata, "given", "Unknown")
@@ -206,14 +265,18 @@ def score_table(model: SCANVI) -> Table:
     return table
 
 
-def _check_report(folder: Path | None) -> None:
-    if folder is not None:
-        check_folder(folder if exists(folder) else folder.parent)
+def _check_report(folder: Path | None, source: Path, output: Path) -> None:
+    if folder is None:
+        return
+    for path in (source, output):
+        if is_within(folder, path):
+            raise InputError(f"the report {folder} lies in {path}; name another folder")
+    check_makeable(folder)
 
 
-def _without_empty_cells(adata: ad.AnnData, layer: str | None) -> ad.AnnData:
+def _without_empty_cells(adata: ad.AnnData, layer: str | None, use_raw: bool) -> ad.AnnData:
     check_names(adata)
-    empty = empty_cells(adata, layer)
+    empty = empty_cells(adata, layer, use_raw)
     _say(f"cells without counts, left out: {empty.sum()}")
     return adata[~empty].copy()
 
