@@ -10,6 +10,7 @@ from typing import Annotated
 import anndata as ad
 import matplotlib.pyplot
 import numpy as np
+import pandas as pd
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,7 @@ from pyro_scanvi.counts import empty_cells
 from pyro_scanvi.fields import check_names
 from pyro_scanvi.files import check_makeable, is_within, make_folder, replacing, user_path
 from pyro_scanvi.metrics import label_scores
+from pyro_scanvi.names import name_of
 from pyro_scanvi.scanvi import DEFAULTS, FEW_LABELS_PLAN, SCANVI
 from pyro_scanvi.stores import (
     Compression,
@@ -37,6 +39,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+LONGEST_NAME = 40  # letters, in the legend of a picture
 console = Console()
 complaints = Console(stderr=True)
 
@@ -45,7 +48,7 @@ Source = Annotated[
 ]
 Output = Annotated[
     Path,
-    typer.Argument(metavar="OUT", help="Result, .h5ad or .zarr, in a folder that is there."),
+    typer.Argument(metavar="OUT", help="Where to write the result: .h5ad or .zarr."),
 ]
 LabelsKey = Annotated[str, typer.Option(help="Column of obs with the labels.")]
 UnlabeledCategory = Annotated[
@@ -67,9 +70,7 @@ UseRaw = Annotated[
 NTopGenes = Annotated[
     int | None,
     typer.Option(
-        min=1,
-        help="Learn from the most variable genes only, chosen within each batch; OUT keeps all "
-        "genes; all if not given.",
+        min=1, help="Learn from so many genes, the most variable of each batch; all if not given."
     ),
 ]
 CategoricalCovariateKey = Annotated[
@@ -80,7 +81,9 @@ CategoricalCovariateKey = Annotated[
 ]
 ContinuousCovariateKey = Annotated[
     list[str] | None,
-    typer.Option(help="Column of obs with numbers to explain; repeat for more; none if not given."),
+    typer.Option(
+        help="Column of obs with a numeric covariate; repeat for more; none if not given."
+    ),
 ]
 SizeFactorKey = Annotated[
     str | None, typer.Option(help="Column of obs with size factors; total counts if not given.")
@@ -124,7 +127,7 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace OUT if it is there; off by default.")
 ]
 CompressionChoice = Annotated[
-    Compression, typer.Option(help="Of OUT.h5ad; keep is as in IN, of .zarr its own.")
+    Compression, typer.Option(help="Of an .h5ad: keep takes that of IN; .zarr has its own.")
 ]
 
 
@@ -158,7 +161,8 @@ def annotate(
     """Label the cells of IN and write them to OUT.
 
     OUT is IN plus obs["scanvi_prediction"], obs["scanvi_confidence"],
-    obsm["scanvi_probabilities"], obsm["X_scanvi"] and uns["pyro_scanvi"].
+    obsm["scanvi_probabilities"], obsm["X_scanvi"] and uns["pyro_scanvi"]; all genes are kept. The
+    folder of OUT has to be there, so that a typing error is found before training.
     """
     with _plain_errors():
         source, output = user_path(source), user_path(output)
@@ -232,18 +236,39 @@ def write_report(model: SCANVI, folder: Path) -> None:
     """UMAP of the latent space and loss curves, as PNG, into a folder."""
     matplotlib.use("agg")
     make_folder(folder)
-    picture = ad.AnnData(obs=model.adata.obs, obsm={"X_scanvi": model.adata.obsm["X_scanvi"]})
+    labels_key, unlabeled = model.fields.labels_key, model.fields.unlabeled_category
+    columns = [labels_key, "scanvi_prediction", "scanvi_confidence"]
+    obs = model.adata.obs[columns].copy()
+    drawn = {column: _names(obs[column], unlabeled) for column in columns[:2]}
+    short = _short_names({unlabeled, *pd.concat(drawn)})
+    for column, names in drawn.items():
+        obs[column] = names.map(short).astype("category")
+    picture = ad.AnnData(obs=obs, obsm={"X_scanvi": model.adata.obsm["X_scanvi"]})
     plotting.compute_umap(picture, model.seed)
-    columns = [model.fields.labels_key, "scanvi_prediction", "scanvi_confidence"]
-    figures = {
-        "umap.png": plotting.umap_figure(picture, columns, model.fields.unlabeled_category),
-        "losses.png": plotting.loss_figure(model.history),
-    }
-    for name, figure in figures.items():
-        with replacing(folder / name) as temporary:
-            figure.savefig(temporary, dpi=120)
-        matplotlib.pyplot.close(figure)
-        _say(f"picture: {folder / name}")
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        # A letter that the font lacks is a box, and a long name makes a picture smaller.
+        warnings.filterwarnings("ignore", message="Glyph|Tight layout", category=UserWarning)
+        figures = {
+            "umap.png": plotting.umap_figure(picture, columns, short[unlabeled]),
+            "losses.png": plotting.loss_figure(model.history),
+        }
+        for name, figure in figures.items():
+            with replacing(folder / name) as temporary:
+                figure.savefig(temporary, dpi=120)
+            matplotlib.pyplot.close(figure)
+            _say(f"picture: {folder / name}")
+
+
+def _names(labels: pd.Series, unlabeled: str) -> pd.Series:
+    """Labels of any type by their names, missing ones as the unlabelled category."""
+    return labels.astype(object).where(labels.notna(), unlabeled).map(name_of)
+
+
+def _short_names(names: set[str]) -> dict[str, str]:
+    """Each name with its middle left out, if it is long; as they are where some would be alike."""
+    half = LONGEST_NAME // 2
+    short = {n: n if len(n) <= LONGEST_NAME else f"{n[:half]}...{n[-half:]}" for n in names}
+    return short if len(set(short.values())) == len(names) else {n: n for n in names}
 
 
 def score_table(model: SCANVI) -> Table:

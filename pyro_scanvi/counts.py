@@ -171,8 +171,9 @@ def variable_genes(counts: Counts, batch: np.ndarray, n_top_genes: int) -> np.nd
     check_at_least(1, n_top_genes=n_top_genes)
     if n_top_genes >= counts.shape[1]:
         return np.arange(counts.shape[1])
-    cells = ad.AnnData(counts.copy(), obs=pd.DataFrame({"batch": pd.Categorical(batch)}))
-    cells.obs_names = cells.obs_names.astype(str)
+    names = pd.RangeIndex(len(batch)).astype(str)
+    obs = pd.DataFrame({"batch": pd.Categorical(batch)}, index=names)
+    cells = ad.AnnData(counts.copy(), obs=obs)
     sc.pp.normalize_total(cells, target_sum=1e4)
     sc.pp.log1p(cells)
     several = "batch" if len(np.unique(batch)) > 1 else None
