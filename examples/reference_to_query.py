@@ -1,7 +1,7 @@
 """The whole life of a model on cells of your own: reference, save, load, query, predictions.
 
-Trains on all batches of an .h5ad but one, saves the model, and opens it in a new process that maps
-the batch left out and predicts its labels, which it has never seen:
+Trains on all batches of an .h5ad or .zarr but one, saves the model, and opens it in a new process
+that maps the batch left out and predicts its labels, which it has never seen:
 
     python examples/reference_to_query.py run CELLS.h5ad --query-batch NAME --folder OUT
 
@@ -22,14 +22,15 @@ from rich.table import Table
 
 from pyro_scanvi import SCANVI
 from pyro_scanvi.baselines import baseline_probabilities
-from pyro_scanvi.files import make_folder, read_anndata, write_anndata
+from pyro_scanvi.files import make_folder, user_path
 from pyro_scanvi.metrics import label_scores
+from pyro_scanvi.stores import read_anndata, write_anndata
 
 UNLABELED = "Unknown"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
-Source = Annotated[Path, typer.Argument(metavar="CELLS.h5ad", help="Cells by genes, raw counts.")]
+Source = Annotated[Path, typer.Argument(metavar="CELLS", help="Raw counts, .h5ad or .zarr.")]
 QueryBatch = Annotated[str, typer.Option(help="The batch to leave out and to map.")]
 Folder = Annotated[Path, typer.Option(help="Folder for the model and the results; made if new.")]
 LabelsKey = Annotated[str, typer.Option(help="Column of obs with the labels.")]
@@ -51,8 +52,9 @@ def run(
     seed: Seed = 0,
 ) -> None:
     """Train on the reference, save it, and map the query in a new process."""
+    folder = user_path(folder)
+    adata = read_anndata(user_path(source))
     make_folder(folder)
-    adata = read_anndata(source)
     is_query = (adata.obs[batch_key] == query_batch).to_numpy()
     reference = adata[~is_query].copy()
     SCANVI.setup_anndata(reference, labels_key, UNLABELED, batch_key=batch_key)
@@ -71,6 +73,7 @@ def map_query(
     query_epochs: QueryEpochs = 50,
 ) -> None:
     """Open the saved model, map the query onto it, predict and report."""
+    folder = user_path(folder)
     query = read_anndata(folder / "query.h5ad")
     truth = query.obs[labels_key].astype(str).to_numpy()
     query.obs[labels_key] = UNLABELED  # what the biologist has: cells without labels

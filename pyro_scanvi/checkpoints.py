@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_scanvi.checks import InputError
 from pyro_scanvi.data import CellData, total_counts
-from pyro_scanvi.files import make_folder, replacing
+from pyro_scanvi.files import check_makeable, replacing, user_path
 
 KEY = "pyro_scanvi"
 LAST = "last.ckpt"
@@ -55,7 +55,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def find(ckpt_path: str | Path | None, folder: str | Path | None) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start; makes the folder for new ones.
+    """The checkpoint to go on from, None for a fresh start; the folder for new ones can be made.
 
     Parameters
     ----------
@@ -67,11 +67,12 @@ def find(ckpt_path: str | Path | None, folder: str | Path | None) -> Path | None
     Raises
     ------
     InputError
-        If a fresh start would replace a checkpoint, or "last" has no folder to look in.
+        If a fresh start would replace a checkpoint, "last" has no folder to look in, or the folder
+        cannot be made. It is made with the first checkpoint.
     """
     if folder is not None:
-        make_folder(Path(folder))
-    last = None if folder is None else Path(folder) / LAST
+        check_makeable(user_path(folder))
+    last = None if folder is None else user_path(folder) / LAST
     if ckpt_path == "last" and last is None:
         raise InputError("ckpt_path='last' needs checkpoint_dir, where the last one is looked for")
     if ckpt_path == "last":
@@ -81,7 +82,7 @@ def find(ckpt_path: str | Path | None, folder: str | Path | None) -> Path | None
             f"{last} is there, and a fresh start would replace it; go on from it with "
             "ckpt_path='last', or choose another checkpoint_dir"
         )
-    return None if ckpt_path is None else Path(ckpt_path)
+    return None if ckpt_path is None else user_path(ckpt_path)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import anndata as ad
 import matplotlib.pyplot
 import numpy as np
+import pandas as pd
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -19,17 +20,18 @@ from pyro_scanvi.baselines import baseline_probabilities
 from pyro_scanvi.checks import InputError
 from pyro_scanvi.counts import empty_cells
 from pyro_scanvi.fields import check_names
-from pyro_scanvi.files import (
-    check_folder,
-    check_writable,
-    exists,
-    make_folder,
+from pyro_scanvi.files import check_makeable, is_within, make_folder, replacing, user_path
+from pyro_scanvi.metrics import label_scores
+from pyro_scanvi.names import name_of
+from pyro_scanvi.scanvi import DEFAULTS, FEW_LABELS_PLAN, SCANVI
+from pyro_scanvi.stores import (
+    Compression,
+    check_output,
+    check_storable,
+    layout_of,
     read_anndata,
-    replacing,
     write_anndata,
 )
-from pyro_scanvi.metrics import label_scores
-from pyro_scanvi.scanvi import DEFAULTS, FEW_LABELS_PLAN, SCANVI
 
 app = typer.Typer(
     help="Label every cell of an AnnData from a few labelled ones, with scANVI.",
@@ -37,19 +39,55 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+LONGEST_NAME = 40  # letters, in the legend of a picture
 console = Console()
 complaints = Console(stderr=True)
 
-Source = Annotated[Path, typer.Argument(metavar="IN.h5ad", help="Cells by genes, raw counts.")]
-Output = Annotated[Path, typer.Argument(metavar="OUT.h5ad", help="Where to write the result.")]
+Source = Annotated[
+    Path, typer.Argument(metavar="IN", help="Cells by genes, raw counts: .h5ad or .zarr.")
+]
+Output = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="Where to write the result: .h5ad or .zarr."),
+]
 LabelsKey = Annotated[str, typer.Option(help="Column of obs with the labels.")]
 UnlabeledCategory = Annotated[
-    str, typer.Option(help="Value of that column where the label is not known.")
+    str,
+    typer.Option(help="Value of that column where the label is not known; or there is no value."),
 ]
 BatchKey = Annotated[
     str | None, typer.Option(help="Column of obs with the batch; one batch if not given.")
 ]
-Layer = Annotated[str | None, typer.Option(help="Layer with the raw counts; X if not given.")]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        help="Layer with the raw counts; raw is raw.X where no layer has that name; X if not given."
+    ),
+]
+UseRaw = Annotated[
+    bool, typer.Option("--use-raw", help="Read the counts in raw.X; off by default.")
+]
+NTopGenes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Learn from so many genes, the most variable of each batch; all if not given."
+    ),
+]
+CategoricalCovariateKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column of obs with a further covariate; repeat for more; none if not given."
+    ),
+]
+ContinuousCovariateKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column of obs with a numeric covariate; repeat for more; none if not given."
+    ),
+]
+SizeFactorKey = Annotated[
+    str | None, typer.Option(help="Column of obs with size factors; total counts if not given.")
+]
 MaxEpochs = Annotated[
     int | None,
     typer.Option(
@@ -78,14 +116,18 @@ Seed = Annotated[
     typer.Option(min=0, max=2**32 - 1, help="Seed of weights, split, shuffling and sampling."),
 ]
 Report = Annotated[
-    Path | None, typer.Option(help="Folder for pictures, made if new; none if not given.")
+    Path | None,
+    typer.Option(help="Folder for pictures, made if new, at any depth; none if not given."),
 ]
 DropEmptyCells = Annotated[
     bool,
     typer.Option("--drop-empty-cells", help="Leave out cells without counts; off by default."),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace OUT.h5ad if it exists; off by default.")
+    bool, typer.Option("--overwrite", help="Replace OUT if it is there; off by default.")
+]
+CompressionChoice = Annotated[
+    Compression, typer.Option(help="Of an .h5ad: keep takes that of IN; .zarr has its own.")
 ]
 
 
@@ -97,6 +139,11 @@ def annotate(
     unlabeled_category: UnlabeledCategory = "Unknown",
     batch_key: BatchKey = None,
     layer: Layer = None,
+    use_raw: UseRaw = False,
+    n_top_genes: NTopGenes = None,
+    categorical_covariate_key: CategoricalCovariateKey = None,
+    continuous_covariate_key: ContinuousCovariateKey = None,
+    size_factor_key: SizeFactorKey = None,
     max_epochs: MaxEpochs = None,
     batch_size: BatchSize = 128,
     n_hidden: NHidden = 128,
@@ -108,21 +155,36 @@ def annotate(
     seed: Seed = 0,
     report: Report = None,
     drop_empty_cells: DropEmptyCells = False,
+    compression: CompressionChoice = Compression.KEEP,
     overwrite: Overwrite = False,
 ) -> None:
-    """Label the cells of IN.h5ad and write them to OUT.h5ad.
+    """Label the cells of IN and write them to OUT.
 
-    OUT.h5ad is IN.h5ad plus obs["scanvi_prediction"], obs["scanvi_confidence"],
-    obsm["scanvi_probabilities"], obsm["X_scanvi"] and uns["pyro_scanvi"].
+    OUT is IN plus obs["scanvi_prediction"], obs["scanvi_confidence"],
+    obsm["scanvi_probabilities"], obsm["X_scanvi"] and uns["pyro_scanvi"]; all genes are kept. The
+    folder of OUT has to be there, so that a typing error is found before training.
     """
     with _plain_errors():
-        check_writable(output, overwrite, source)
-        _check_report(report)
+        source, output = user_path(source), user_path(output)
+        report = None if report is None else user_path(report)
+        check_output(output, overwrite, source)
+        _check_report(report, source, output)
         adata = read_anndata(source)
+        layout = layout_of(output, source, compression)
+        check_storable(adata, output, layout)
         if drop_empty_cells:
-            adata = _without_empty_cells(adata, layer)
+            adata = _without_empty_cells(adata, layer, use_raw)
         SCANVI.setup_anndata(
-            adata, labels_key, unlabeled_category, layer=layer, batch_key=batch_key
+            adata,
+            labels_key,
+            unlabeled_category,
+            layer,
+            batch_key,
+            size_factor_key,
+            categorical_covariate_key,
+            continuous_covariate_key,
+            use_raw,
+            n_top_genes,
         )
         model = SCANVI(
             adata,
@@ -139,7 +201,7 @@ def annotate(
             plan_kwargs={"classification_ratio": classification_ratio},
         )
         model.annotate()
-        write_anndata(adata, output)
+        write_anndata(adata, output, layout)
         _say(f"annotated cells: {output}")
         if report is not None:
             write_report(model, report)
@@ -156,7 +218,8 @@ def demo(
 ) -> None:
     """Annotate 700 real blood cells from a few labels, and score the result on the hidden ones."""
     with _plain_errors():
-        make_folder(folder)
+        folder = user_path(folder)
+        check_makeable(folder)
         adata = datasets.pbmc68k_counts()
         adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], labels_per_type, seed)
         SCANVI.setup_anndata(adata, "given", "Unknown")
@@ -173,18 +236,39 @@ def write_report(model: SCANVI, folder: Path) -> None:
     """UMAP of the latent space and loss curves, as PNG, into a folder."""
     matplotlib.use("agg")
     make_folder(folder)
-    picture = ad.AnnData(obs=model.adata.obs, obsm={"X_scanvi": model.adata.obsm["X_scanvi"]})
+    labels_key, unlabeled = model.fields.labels_key, model.fields.unlabeled_category
+    columns = [labels_key, "scanvi_prediction", "scanvi_confidence"]
+    obs = model.adata.obs[columns].copy()
+    drawn = {column: _names(obs[column], unlabeled) for column in columns[:2]}
+    short = _short_names({unlabeled, *pd.concat(drawn)})
+    for column, names in drawn.items():
+        obs[column] = names.map(short).astype("category")
+    picture = ad.AnnData(obs=obs, obsm={"X_scanvi": model.adata.obsm["X_scanvi"]})
     plotting.compute_umap(picture, model.seed)
-    columns = [model.fields.labels_key, "scanvi_prediction", "scanvi_confidence"]
-    figures = {
-        "umap.png": plotting.umap_figure(picture, columns, model.fields.unlabeled_category),
-        "losses.png": plotting.loss_figure(model.history),
-    }
-    for name, figure in figures.items():
-        with replacing(folder / name) as temporary:
-            figure.savefig(temporary, dpi=120)
-        matplotlib.pyplot.close(figure)
-        _say(f"picture: {folder / name}")
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        # A letter that the font lacks is a box, and a long name makes a picture smaller.
+        warnings.filterwarnings("ignore", message="Glyph|Tight layout", category=UserWarning)
+        figures = {
+            "umap.png": plotting.umap_figure(picture, columns, short[unlabeled]),
+            "losses.png": plotting.loss_figure(model.history),
+        }
+        for name, figure in figures.items():
+            with replacing(folder / name) as temporary:
+                figure.savefig(temporary, dpi=120)
+            matplotlib.pyplot.close(figure)
+            _say(f"picture: {folder / name}")
+
+
+def _names(labels: pd.Series, unlabeled: str) -> pd.Series:
+    """Labels of any type by their names, missing ones as the unlabelled category."""
+    return labels.astype(object).where(labels.notna(), unlabeled).map(name_of)
+
+
+def _short_names(names: set[str]) -> dict[str, str]:
+    """Each name with its middle left out, if it is long; as they are where some would be alike."""
+    half = LONGEST_NAME // 2
+    short = {n: n if len(n) <= LONGEST_NAME else f"{n[:half]}...{n[-half:]}" for n in names}
+    return short if len(set(short.values())) == len(names) else {n: n for n in names}
 
 
 def score_table(model: SCANVI) -> Table:
@@ -206,14 +290,18 @@ def score_table(model: SCANVI) -> Table:
     return table
 
 
-def _check_report(folder: Path | None) -> None:
-    if folder is not None:
-        check_folder(folder if exists(folder) else folder.parent)
+def _check_report(folder: Path | None, source: Path, output: Path) -> None:
+    if folder is None:
+        return
+    for path in (source, output):
+        if is_within(folder, path):
+            raise InputError(f"the report {folder} lies in {path}; name another folder")
+    check_makeable(folder)
 
 
-def _without_empty_cells(adata: ad.AnnData, layer: str | None) -> ad.AnnData:
+def _without_empty_cells(adata: ad.AnnData, layer: str | None, use_raw: bool) -> ad.AnnData:
     check_names(adata)
-    empty = empty_cells(adata, layer)
+    empty = empty_cells(adata, layer, use_raw)
     _say(f"cells without counts, left out: {empty.sum()}")
     return adata[~empty].copy()
 

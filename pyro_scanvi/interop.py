@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from pyro_scanvi import checks, pickles
 from pyro_scanvi.checks import InputError
 from pyro_scanvi.data import UNLABELED, Cells
+from pyro_scanvi.files import user_path
 from pyro_scanvi.likelihoods import GeneLabelDispersion
 from pyro_scanvi.objective import SemiSupervisedELBO
 from pyro_scanvi.scanvae import SCANVAE
@@ -541,7 +542,7 @@ def read_scvi_save(
         If there is no such file, it names functions other than those that make arrays, or it holds
         something else than such a model.
     """
-    path = Path(directory) / f"{prefix}model.pt"
+    path = user_path(directory) / f"{prefix}model.pt"
     if not path.is_file():
         raise InputError(
             f"{path} is not there; expected the folder that save() of scvi-tools wrote. Versions "

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pyro_scanvi.checks import InputError
+from pyro_scanvi.files import user_path
 
 _PLAIN_DTYPE = re.compile(r"[biufSU]\d+")  # booleans, numbers, bytes and text
 
@@ -113,6 +114,7 @@ def read(path: str | Path, allow: Mapping[str, Any] | None = None) -> Any:
     InputError
         If it is no such file, or names anything else; the names are listed.
     """
+    path = user_path(path)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         table = STAND_INS | {n: _Ignored for n in names if n.startswith("pandas.")} | (allow or {})

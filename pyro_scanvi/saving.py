@@ -6,7 +6,6 @@ and never a model that is silently wrong.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from pyro_scanvi.checks import InputError
-from pyro_scanvi.files import check_folder, read_anndata, write_anndata
+from pyro_scanvi.files import check_folder, check_makeable, exists, making_parents, replacing_folder
+from pyro_scanvi.stores import read_anndata, write_anndata
 
 FORMAT = 1
 WEIGHTS, RECORD, CELLS = "weights.safetensors", "model.json", "cells.h5ad"
@@ -26,13 +26,14 @@ WEIGHTS, RECORD, CELLS = "weights.safetensors", "model.json", "cells.h5ad"
 
 def check_target(directory: Path, overwrite: bool) -> None:
     """Refuse a folder that exists, unless it is a saved model and may be replaced."""
-    check_folder(directory.parent)
-    if not directory.exists():
+    check_makeable(directory.parent)
+    if not exists(directory):
         return
     if not overwrite:
         raise InputError(f"{directory} exists; save elsewhere or with overwrite=True")
     if not (directory / RECORD).is_file():
         raise InputError(f"{directory} exists and holds no saved model; it is not overwritten")
+    check_folder(directory)
 
 
 def write_model(
@@ -41,20 +42,15 @@ def write_model(
     record: Mapping[str, Any],
     adata: AnnData | None = None,
 ) -> None:
-    """Write a folder whole or not at all; one that stands there is replaced at the end."""
+    """Write a folder whole or not at all, and those above it; an old one is replaced at the end."""
     weights = save_safetensors({k: v.detach().cpu().contiguous() for k, v in state.items()})
     record = {"format": FORMAT, "weights_sha256": _digest(weights), **record}
     record["record_sha256"] = _digest(_canonical(record))
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".") as parent:
-        fresh = Path(parent) / "fresh"
-        fresh.mkdir()
+    with making_parents(directory), replacing_folder(directory) as fresh:
         (fresh / WEIGHTS).write_bytes(weights)
         (fresh / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         if adata is not None:
             write_anndata(adata, fresh / CELLS)
-        if directory.exists():
-            directory.replace(Path(parent) / "old")
-        fresh.replace(directory)
 
 
 def read_model(

@@ -27,6 +27,7 @@ from pyro_scanvi.checks import (
 from pyro_scanvi.course import Course, default_max_epochs
 from pyro_scanvi.data import CellData, library_prior
 from pyro_scanvi.fields import UNS_KEY, Fields, storable_names, weights_of
+from pyro_scanvi.files import user_path
 from pyro_scanvi.nonfinite import NonFiniteError
 from pyro_scanvi.plan import Plan
 from pyro_scanvi.scanvae import SCANVAE
@@ -632,7 +633,7 @@ class SCANVI:
         Parameters
         ----------
         directory
-            A folder that does not exist yet.
+            A folder that does not exist yet; those above it are made too.
         overwrite
             Replace a model that was saved there.
         save_anndata
@@ -645,7 +646,7 @@ class SCANVI:
             If the folder exists or cannot be written, an argument of the model is a callable, or
             the cells of the AnnData to save are no longer those of the model.
         """
-        directory = Path(directory)
+        directory = user_path(directory)
         saving.check_target(directory, overwrite)
         record = {
             "version": version("pyro-scanvi"),
@@ -685,7 +686,7 @@ class SCANVI:
             If the folder is damaged, holds no AnnData while none is given, or the AnnData differs
             from what the model knows; it says in what. If `module_class` has another name.
         """
-        state, record, saved = saving.read_model(Path(directory), with_anndata=adata is None)
+        state, record, saved = saving.read_model(user_path(directory), with_anndata=adata is None)
         saving.check_class(record, module_class)
         adata = saved if adata is None else adata
         Fields.from_json(record["fields"]).store(adata)
@@ -786,7 +787,7 @@ def _as_reference(reference: SCANVI | str | Path) -> query.Reference:
         parts = (reference.module, reference.fields, reference.vae_arguments, reference.seed)
         return query.Reference(*parts)
     if isinstance(reference, str | Path):
-        return query.Reference.read(Path(reference))
+        return query.Reference.read(user_path(reference))
     raise InputError(
         f"the reference is a {type(reference).__name__}, expected a SCANVI or the folder of one"
     )

@@ -21,6 +21,7 @@ from pyro_scanvi.callbacks import LastGoodWeights, ProgressBar
 from pyro_scanvi.checkpoints import LastCheckpoint, WholeFiles
 from pyro_scanvi.checks import InputError, check_flags, check_known, make_plain
 from pyro_scanvi.course import Course
+from pyro_scanvi.files import user_path
 from pyro_scanvi.plan import Plan
 
 NOISE = (
@@ -159,7 +160,7 @@ class TrainerOptions:
     def _ours(self) -> list[Callback]:
         ours: list[Callback] = [ProgressBar()] if self.progress_bar else []
         if self.checkpoint_dir is not None:
-            ours.append(LastCheckpoint(Path(self.checkpoint_dir)))
+            ours.append(LastCheckpoint(user_path(self.checkpoint_dir)))
         return ours
 
 

@@ -412,12 +412,10 @@ def test_bad_files(tmp_path, no_training, damage, message):
 BAD_OUTPUTS = {  # OUT, further options, message
     "the input": ("in.h5ad", ["--overwrite"], "is the input"),
     "a link to the input": ("link", ["--overwrite"], "is the input"),
-    "exists": ("old", [], "exists; add --overwrite"),
     "a missing folder": ("none/out.h5ad", [], "there is no folder .*none; make it first"),
     "below a file": ("old/out.h5ad", [], "there is no folder .*old; it is a file"),
     "a name too long": ("x" * 300, [], "cannot be used: File name too long"),
-    "report is a file": ("out.h5ad", ["--report", "old"], "there is no folder .*old; it is a file"),
-    "report below nothing": ("out.h5ad", ["--report", "none/x"], "there is no folder .*none"),
+    "report is a file": ("out.h5ad", ["--report", "old"], "folder old cannot be made: .*is a file"),
 }
 
 

@@ -1,30 +1,25 @@
-"""Files are there whole or not at all; what is damaged is an error and never a crash."""
+"""Paths as users give them; files and folders that are there whole or not at all."""
 
 import errno
 import os
 import stat
 import tempfile
-import warnings
 from pathlib import Path
 
-import anndata as ad
-import h5py
-import numpy as np
-import pandas as pd
 import pytest
-from scipy.sparse import csc_matrix, csr_matrix
 
-from pyro_scanvi import SCANVI, InputError
+from pyro_scanvi import InputError
 from pyro_scanvi.files import (
     check_folder,
-    check_writable,
+    check_makeable,
     exists,
+    is_within,
     make_folder,
-    read_anndata,
+    making_parents,
     replacing,
-    write_anndata,
+    replacing_folder,
+    user_path,
 )
-from tests.examples import simulated
 
 
 def names(folder: Path) -> list[str]:
@@ -81,49 +76,104 @@ def test_a_link_is_replaced_and_not_what_it_points_to(tmp_path):
     assert (target.read_text(), link.read_text()) == ("old", "new")
 
 
-# ---- where nothing can be written ---------------------------------------------------------------
+@pytest.fixture(params=[None, "old"])
+def target(request, tmp_path):
+    """The path of a folder that is not there, or holds a file "old"."""
+    path = tmp_path / "out.zarr"
+    if request.param:
+        path.mkdir()
+        (path / request.param).touch()
+    return path
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """in.h5ad, links to it by name and by content, old.h5ad, a folder."""
-    for name in ("in.h5ad", "old.h5ad"):
-        (tmp_path / name).write_text(name)
-    (tmp_path / "symbolic").symlink_to("in.h5ad")
-    (tmp_path / "hard").hardlink_to(tmp_path / "in.h5ad")
-    (tmp_path / "sub").mkdir()
-    return tmp_path
+def test_replacing_a_folder(target):
+    before = names(target) if target.exists() else None
+    with replacing_folder(target) as temporary:
+        (temporary / "new").touch()
+        assert before == (names(target) if target.exists() else None)
+    assert names(target) == ["new"]
+    assert names(target.parent) == ["out.zarr"]
+    assert stat.S_IMODE(target.stat().st_mode) & 0o700 == 0o700
 
 
-UNWRITABLE = {
-    "the input": ("in.h5ad", True, "is the input; choose another name"),
-    "the input by another way": ("sub/../in.h5ad", True, "is the input"),
-    "a symbolic link to the input": ("symbolic", True, "is the input"),
-    "a hard link to the input": ("hard", True, "is the input"),
-    "a folder": ("sub", True, "is a folder; name a file"),
-    "exists": ("old.h5ad", False, "exists; add --overwrite"),
-    "no folder": ("none/out.h5ad", False, "there is no folder .*none; make it first"),
-    "below a file": ("old.h5ad/out.h5ad", False, "there is no folder .*old.h5ad; it is a file"),
-    "a name too long": ("x" * 300, False, "File name too long"),
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_replacing_a_folder_leaves_all_as_it_was_if_the_block_raises(target, error):
+    before = [names(f) for f in (target.parent, target) if f.exists()]
+    with pytest.raises(error), replacing_folder(target) as temporary:
+        (temporary / "half").touch()
+        raise error
+    assert [names(f) for f in (target.parent, target) if f.exists()] == before
+
+
+def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(target, monkeypatch):
+    before = [names(f) for f in (target.parent, target) if f.exists()]
+    move = Path.replace
+
+    def fail(self, to):
+        if self.name == "fresh":
+            raise OSError(errno.EIO, "no")
+        return move(self, to)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="no"), replacing_folder(target):
+        pass
+    assert [names(f) for f in (target.parent, target) if f.exists()] == before
+
+
+def test_a_link_to_a_folder_is_replaced_and_not_what_it_points_to(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old").touch()
+    (tmp_path / "link").symlink_to("target")
+    with replacing_folder(tmp_path / "link") as temporary:
+        (temporary / "new").touch()
+    assert (names(tmp_path / "target"), names(tmp_path / "link")) == (["old"], ["new"])
+
+
+@pytest.mark.parametrize("there", ["", "a", "a/b"])
+def test_parents_are_made_and_taken_back(tmp_path, there):
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(KeyError), making_parents(tmp_path / "a" / "b" / "c"):
+        assert names(tmp_path / "a" / "b") == []
+        raise KeyError
+    assert sorted(tmp_path.rglob("*")) == before
+    with making_parents(tmp_path / "a" / "b" / "c"):
+        (tmp_path / "a" / "b" / "c").touch()
+    assert names(tmp_path / "a" / "b") == ["c"]
+
+
+# ---- paths of users -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_tilde_is_the_home_folder(monkeypatch, kind):
+    monkeypatch.setenv("HOME", "/home/me")
+    expected = {"~/x": "/home/me/x", "~": "/home/me", "a/~": "a/~", "x~": "x~", "/a b/c": "/a b/c"}
+    assert {p: str(user_path(kind(p))) for p in expected} == expected
+
+
+INSIDE = {  # path, folder: whether the one is the other or in it
+    ("store", "store"): True,
+    ("store/sub/x", "store"): True,
+    ("store/none/x", "store"): True,
+    ("link/x", "store"): True,
+    ("store/x", "link"): True,
+    ("store/../x", "store"): False,
+    ("store2", "store"): False,
+    ("store", "store/sub"): False,
+    ("none/x", "none"): True,
 }
 
 
-@pytest.mark.parametrize(("name", "overwrite", "message"), UNWRITABLE.values(), ids=UNWRITABLE)
-def test_unwritable(folder, name, overwrite, message):
-    before = names(folder)
-    with pytest.raises(InputError, match=message):
-        check_writable(folder / name, overwrite, folder / "in.h5ad")
-    assert names(folder) == before
+@pytest.mark.parametrize(("path", "folder"), INSIDE)
+def test_what_lies_in_a_folder(tmp_path, path, folder):
+    (tmp_path / "store" / "sub").mkdir(parents=True)
+    (tmp_path / "store2").mkdir()
+    (tmp_path / "link").symlink_to("store")
+    assert is_within(tmp_path / path, tmp_path / folder) == INSIDE[path, folder]
 
 
-@pytest.mark.parametrize(
-    ("name", "overwrite"), [("out.h5ad", False), ("old.h5ad", True), ("sub/out.h5ad", False)]
-)
-def test_writable(folder, name, overwrite):
-    before = names(folder)
-    check_writable(folder / name, overwrite, folder / "in.h5ad")
-    check_writable(folder / name, overwrite)
-    assert names(folder) == before
+# ---- where nothing can be written ---------------------------------------------------------------
 
 
 def test_no_permission(tmp_path, monkeypatch):
@@ -134,13 +184,17 @@ def test_no_permission(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(InputError, match="nothing can be written into .*: Permission denied"):
-        check_writable(tmp_path / "out.h5ad", overwrite=False)
+        check_folder(tmp_path)
+    with pytest.raises(InputError, match="nothing can be written into .*: Permission denied"):
+        check_makeable(tmp_path / "a" / "b")
     monkeypatch.setattr(Path, "stat", refuse)
     with pytest.raises(InputError, match="cannot be used: Permission denied"):
         exists(tmp_path)
 
 
 def test_make_folder(tmp_path):
+    check_makeable(tmp_path / "a" / "b")
+    assert names(tmp_path) == []
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
     check_folder(tmp_path / "a" / "b")
@@ -148,136 +202,11 @@ def test_make_folder(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "c"):
         with pytest.raises(InputError, match="cannot be made"):
             make_folder(path)
+        with pytest.raises(InputError, match="cannot be made: .*file is a file"):
+            check_makeable(path)
     assert names(tmp_path) == ["a", "file"]
 
 
-# ---- AnnData ------------------------------------------------------------------------------------
-
-
-def cells() -> ad.AnnData:
-    """Cells with something in every slot."""
-    adata = simulated(n=24, n_genes=6)
-    adata.X = csr_matrix(adata.X)
-    adata.layers["more"] = csc_matrix(adata.X)
-    adata.raw = adata
-    adata.obsm["soft"] = pd.DataFrame({"a/b": np.arange(24.0)}, index=adata.obs_names)
-    adata.obsm["sparse"] = csr_matrix(adata.X)
-    adata.obsp["near"] = csr_matrix(np.eye(24))
-    adata.varm["loadings"] = np.ones((6, 2))
-    adata.varp["near"] = csc_matrix(np.eye(6))
-    adata.uns["note"] = {"a": "text", "b": 1}
-    return adata
-
-
-@pytest.fixture
-def path(tmp_path):
-    write_anndata(cells(), tmp_path / "cells.h5ad")
-    return tmp_path / "cells.h5ad"
-
-
-def test_round_trip(path):
-    found, expected = read_anndata(path), cells()
-    pd.testing.assert_frame_equal(found.obs, expected.obs)
-    pd.testing.assert_frame_equal(found.obsm["soft"], expected.obsm["soft"])
-    assert (found.X != expected.X).nnz == 0
-    assert (found.raw.X != expected.raw.X).nnz == 0
-    assert found.uns == expected.uns
-    assert names(path.parent) == [path.name]
-
-
-@pytest.mark.parametrize("dtype", [object, "string", "category"])
-def test_strings_keep_their_type(tmp_path, dtype):
-    adata = simulated(n=24, n_genes=6)
-    adata.obs["cell_type"] = adata.obs["cell_type"].astype(dtype)
-    write_anndata(adata, tmp_path / "cells.h5ad")
-    found = read_anndata(tmp_path / "cells.h5ad").obs["cell_type"]
-    pd.testing.assert_series_equal(found, adata.obs["cell_type"])
-
-
-def test_what_cannot_be_written_leaves_no_file(tmp_path):
-    adata = cells()
-    adata.uns["odd"] = object()
-    with pytest.raises(Exception, match="odd"):
-        write_anndata(adata, tmp_path / "cells.h5ad")
-    assert names(tmp_path) == []
-
-
-def test_duplicated_names_are_read_without_a_warning(tmp_path):
-    """They are an error later, with a better message."""
-    adata = cells()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adata.obs_names = ["twice"] * 24
-        write_anndata(adata, tmp_path / "cells.h5ad")
-    assert read_anndata(tmp_path / "cells.h5ad").n_obs == 24
-
-
-# ---- damage -------------------------------------------------------------------------------------
-
-
-def hdf5(path: Path) -> None:
-    with h5py.File(path, "w") as file:
-        file["numbers"] = [1, 2, 3]
-
-
-NO_ANNDATA = {
-    "nothing there": (lambda path: None, "there is no file"),
-    "a folder": (Path.mkdir, "there is no file"),
-    "empty": (Path.touch, "is no .h5ad file, or it is truncated"),
-    "text": (lambda path: path.write_text("cell,gene\n" * 100), "is no .h5ad file"),
-    "another HDF5 file": (hdf5, "is damaged or holds no AnnData"),
-}
-
-
-@pytest.mark.parametrize(("make", "message"), NO_ANNDATA.values(), ids=NO_ANNDATA)
-def test_no_anndata(tmp_path, make, message):
-    make(tmp_path / "in.h5ad")
-    with pytest.raises(InputError, match=message):
-        read_anndata(tmp_path / "in.h5ad")
-
-
-@pytest.mark.parametrize("share", np.arange(20) / 20)
-def test_truncated(path, share):
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(InputError, match=r"truncated|damaged"):
-        read_anndata(path)
-
-
-SPARSE = ("X", "layers/more", "raw/X", "obsm/sparse", "obsp/near", "varp/near")
-
-
-@pytest.mark.parametrize("part", ["indices", "indptr"])
-@pytest.mark.parametrize("matrix", SPARSE)
-@pytest.mark.parametrize("value", [2**30, -1])
-def test_sparse_indices_out_of_range(path, matrix, part, value):
-    """Taken at their word they make scipy read and write where nothing is its own."""
-    with h5py.File(path, "r+") as file:
-        file[matrix][part][1] = value
-    with pytest.raises(InputError, match="is damaged or holds no AnnData"):
-        read_anndata(path)
-
-
-def test_an_array_that_would_fill_the_memory(path):
-    """Its shape is changed as a flipped bit would."""
-    with h5py.File(path, "r+") as file:
-        file["varp/near/data"].resize((2**40,))
-    with pytest.raises(InputError, match="varp/near/data claims 8796093022208 bytes, 48 are there"):
-        read_anndata(path)
-
-
-@pytest.mark.parametrize("seed", range(60))
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_flipped_bits(path, seed):
-    """An error, or cells that can be worked with."""
-    rng = np.random.default_rng(seed)
-    content = np.frombuffer(path.read_bytes(), dtype=np.uint8).copy()
-    content[rng.integers(len(content), size=8)] ^= np.uint8(1 << rng.integers(8))
-    path.write_bytes(content)
-    try:
-        adata = read_anndata(path)
-        SCANVI.setup_anndata(adata, "cell_type", "Unknown")
-    except InputError:
-        return
-    SCANVI(adata, n_hidden=2).predict()
-    write_anndata(adata[::2].copy(), path)
+def test_the_way_to_make_a_folder_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"make it first: mkdir -p '.*/my runs/1'$"):
+        check_folder(tmp_path / "my runs" / "1")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -153,3 +154,79 @@ def test_no_pickle_is_written(saved):
     """Text and safetensors."""
     json.loads((saved / "model.json").read_text())
     assert (saved / "weights.safetensors").read_bytes()[8:9] == b"{"
+
+
+# ---- paths as users type them -------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The home folder; the working directory is another one."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"
+
+
+def everything(folder):
+    """Names below a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_new_nested_folder_at_home(model, adata, home, kind):
+    """By every method that takes a folder."""
+    path = kind("~/runs/1/model")
+    model.save(path, save_anndata=True)
+    assert everything(home / "runs" / "1") == sorted(
+        ["model", "model/cells.h5ad", "model/model.json", "model/weights.safetensors"]
+    )
+    expected = model.predict(soft=True)
+    pd.testing.assert_frame_equal(SCANVI.load(path).predict(soft=True), expected)
+    query = SCANVI.prepare_query_anndata(adata, path)
+    query = SCANVI.load_query_data(query, path)
+    assert query.state_diff(path)["changed"].sum() == 0
+    assert everything(home.parent / "work") == []
+
+
+@pytest.mark.parametrize("open_save", ["load_scvi_tools", "from_scvi_model"])
+def test_saves_of_scvi_tools_at_home(adata, home, open_save):
+    labels = {"from_scvi_model": {"labels_key": "label", "unlabeled_category": "Unknown"}}
+    with pytest.raises(InputError, match=f"^{home}/runs/model.pt is not there"):
+        getattr(SCANVI, open_save)("~/runs", adata.copy(), **labels.get(open_save, {}))
+
+
+def test_checkpoints_at_home(adata, home):
+    def fresh():
+        return SCANVI(adata, n_hidden=8, n_latent=3)
+
+    fresh().train(1, progress_bar=False, checkpoint_dir="~/runs/1")
+    assert everything(home) == ["runs", "runs/1", "runs/1/last.ckpt"]
+    for ckpt_path in ("last", "~/runs/1/last.ckpt"):
+        model = fresh().train(2, progress_bar=False, checkpoint_dir="~/runs/1", ckpt_path=ckpt_path)
+        assert model.n_epochs_trained == 2
+    assert everything(home.parent / "work") == []
+
+
+def test_what_is_refused_leaves_no_folder(adata, model, tmp_path, monkeypatch):
+    """Neither where the model cannot be saved, nor where the disk fails half way."""
+    callable_model = SCANVI(adata.copy(), n_hidden=8, gene_likelihood=lambda p: Poisson(p.mu))
+    with pytest.raises(InputError, match="function"):
+        callable_model.save(tmp_path / "runs" / "1" / "model")
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        model.train(3, checkpoint_dir=tmp_path / "runs" / "2", ckpt_path=tmp_path / "none.ckpt")
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.save(tmp_path / "runs" / "3" / "model")
+    monkeypatch.setattr(Path, "write_bytes", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save(tmp_path / "runs" / "4" / "model")
+    assert everything(tmp_path) == []
+
+
+def test_a_folder_below_a_file(model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/a cannot be made: .*/file is a file"):
+        model.save(tmp_path / "file" / "a" / "model")
