@@ -5,12 +5,11 @@ import pytest
 import torch
 
 matplotlib.use("agg")
+THREADS = torch.get_num_threads()  # see tests/__init__.py
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """Small tensors: a second thread costs more than it brings, and more so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Numba changes torch's number of threads where it first runs; the next test has it back."""
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)

@@ -131,15 +131,6 @@ def exact_negative_binomial(mu, theta, x) -> Truth:
     return Truth(mu, theta, x, log_prob, d_mu, excess - surprise, excess + surprise)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a machine shared with others, threads that wait for each other take 100 times longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def wide() -> Truth:
     """A grid far beyond what cells show, of parameters that a float32 can hold."""

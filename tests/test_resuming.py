@@ -41,10 +41,8 @@ SETTINGS = {
 }
 KILLED = """
 import os, signal, sys
-import torch
 from pyro_scanvi.training_plan import TrainingPlan
 from tests.test_resuming import SETTINGS, run
-torch.set_num_threads(1)
 
 def kill(module, cells, outputs, i):
     if module.epoch == int(sys.argv[3]) and i == 1:

@@ -53,8 +53,7 @@ def test_loads_equal(model, saved, adata):
 def test_loads_equal_in_a_new_process(model, saved, tmp_path):
     """With the cells that were saved along."""
     script = f"""
-import numpy, torch
-torch.set_num_threads(1)
+import numpy
 from pyro_scanvi import SCANVI
 numpy.save({str(tmp_path / "soft.npy")!r}, SCANVI.load({str(saved)!r}).predict(soft=True))
 """
