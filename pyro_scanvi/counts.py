@@ -234,7 +234,8 @@ def _are_normalised(counts: Counts) -> bool:
     if len(totals) > 1 and np.ptp(totals) <= 1e-3 * totals.mean():
         return True
     told = [row[row > 0] for row in dense if len(np.unique(row[row > 0])) >= VALUES_THAT_TELL]
-    scaled = [any(_is_multiple(undo(row)) for undo in UNDO) for row in told]
+    with np.errstate(over="ignore"):  # what is no logarithm may be beyond any power
+        scaled = [any(_is_multiple(undo(row)) for undo in UNDO) for row in told]
     return bool(scaled) and np.mean(scaled) >= SHARE_OF_NORMALISED
 
 
