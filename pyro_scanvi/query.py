@@ -27,12 +27,13 @@ LIBRARY_PRIOR = ("library_log_means", "library_log_vars")
 
 @dataclass(frozen=True)
 class Reference:
-    """What is read of a reference: model, columns and categories, arguments, seed."""
+    """What is read of a reference: model, columns and categories, arguments, seed, training."""
 
     vae: SCANVAE
     fields: Fields
     arguments: Mapping[str, Any]
     seed: int
+    is_trained: bool
 
     @classmethod
     def read(cls, directory: Path) -> "Reference":
@@ -44,7 +45,8 @@ class Reference:
         with torch.random.fork_rng():
             vae = SCANVAE(**(fields.sizes() | arguments | library)).eval()
         vae.load_state_dict(state)
-        return cls(vae, fields, arguments, record["seed"])
+        is_trained = record.get("is_trained", True)  # not in old records
+        return cls(vae, fields, arguments, record["seed"], is_trained)
 
     def grown_arguments(self, n_labels: int) -> dict[str, Any]:
         """Arguments for a model of more labels; those that depend on batches are left out."""

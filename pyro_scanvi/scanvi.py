@@ -77,6 +77,11 @@ class SCANVI:
         cells.
     training_settings
         How :meth:`train` was last called.
+    is_trained
+        Whether the weights have been trained, here or where they come from: after an epoch of
+        :meth:`train`, and for models that were opened. A query model has it from its reference; a
+        warm start alone does not count. Questions refuse a model for which it is False; set it
+        where the weights are meant as they are.
     freeze
         What may move in training, of a model that :meth:`load_query_data` made; otherwise None.
 
@@ -117,6 +122,7 @@ class SCANVI:
             self.module = module_class(**(self._given_by_data() | self.vae_arguments)).eval()
         self.history = pd.DataFrame()
         self.training_settings: dict[str, Any] = {}
+        self.is_trained = False
         self.freeze: freezing.Freeze | None = None
 
     @classmethod
@@ -149,6 +155,7 @@ class SCANVI:
         arguments = save.arguments()
         model = cls(adata, seed=seed, **_explicit(arguments))
         model.module = SCANVAE.from_scvi_tools(save.state_dict, **arguments)
+        model.is_trained = True
         return model
 
     @classmethod
@@ -164,7 +171,7 @@ class SCANVI:
         """A warm start from an unsupervised SCVI that scvi-tools saved.
 
         Encoder and decoder of the counts come with their weights; the classifier and the networks
-        of u are new.
+        of u are new, so that the model does not answer before it is trained.
 
         Parameters
         ----------
@@ -406,6 +413,7 @@ class SCANVI:
             raise
         finally:  # what was learned before an error is kept, and told
             self.history = pd.DataFrame(rows)
+            self.is_trained |= any(row["split"] == "train" for row in rows)
         self.training_settings = plan.record() | asdict(course)
 
     @property
@@ -575,6 +583,7 @@ class SCANVI:
         fields.store(adata)
         model = cls(adata, seed, type(source.vae), **_explicit(arguments))
         growing.grow(source.vae, model.module)
+        model.is_trained = source.is_trained
         model.freeze = freezing.frozen(source.vae, model.module, **flags)
         return model
 
@@ -656,6 +665,7 @@ class SCANVI:
             "fields": saving.plain(asdict(self.fields), "a field"),
             "history": self.history.to_dict(orient="list"),
             "training_settings": self.training_settings,
+            "is_trained": self.is_trained,
             "freeze": None if self.freeze is None else asdict(self.freeze),
         }
         adata = self._training_anndata() if save_anndata else None
@@ -694,6 +704,7 @@ class SCANVI:
         model.module.load_state_dict(state)
         model.history = pd.DataFrame(record["history"])
         model.training_settings = record["training_settings"]
+        model.is_trained = record.get("is_trained", True)  # not in old records
         if record.get("freeze"):  # not in records of plain models, nor in old ones
             model.freeze = freezing.Freeze(**record["freeze"])
             freezing.hold(model.module, model.freeze)
@@ -743,8 +754,10 @@ class SCANVI:
     ) -> tuple[CellData, pd.Index]:
         """What a question reads of some cells, and their names; None is the training data, all.
 
+        Each question comes by here, so this is where a model that was never trained is refused.
         `labels` and `covariates` (with batch and size factors) say whether it reads those.
         """
+        self._check_trained()
         if adata is None:
             self._check_adata(labels)
             data, names = self._data, self._cells
@@ -756,6 +769,14 @@ class SCANVI:
         if not len(positions):
             raise InputError("indices selects no cell; give the positions of some")
         return data.subset(positions), names[positions]
+
+    def _check_trained(self) -> None:
+        if not self.is_trained:
+            raise InputError(
+                "this model is not trained, so its answers would be random; call model.train() "
+                "first, or open a trained one with SCANVI.load(folder). If the weights are meant "
+                "as they are, say so: model.is_trained = True"
+            )
 
     def _check_adata(self, labels: bool) -> None:
         """Refuse where the cells, or the labels that are read, are no longer those of the model.
@@ -784,8 +805,13 @@ def _explicit(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _as_reference(reference: SCANVI | str | Path) -> query.Reference:
     """What a query needs of a model or of the folder of a saved one."""
     if isinstance(reference, SCANVI):
-        parts = (reference.module, reference.fields, reference.vae_arguments, reference.seed)
-        return query.Reference(*parts)
+        return query.Reference(
+            reference.module,
+            reference.fields,
+            reference.vae_arguments,
+            reference.seed,
+            reference.is_trained,
+        )
     if isinstance(reference, str | Path):
         return query.Reference.read(user_path(reference))
     raise InputError(

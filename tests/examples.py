@@ -67,6 +67,12 @@ def simulated(n: int = 120, n_genes: int = 20, seed: int = 0) -> ad.AnnData:
     return ad.AnnData(x, obs, pd.DataFrame(index=[f"gene{i}" for i in range(n_genes)]))
 
 
+def as_they_are(model: SCANVI) -> SCANVI:
+    """The same model, whose weights are meant to be asked though they were never trained."""
+    model.is_trained = True
+    return model
+
+
 def small_model(adata: ad.AnnData, seed: int = 0, **arguments) -> SCANVI:
     """A small estimator on `adata`, which is set up."""
     SCANVI.setup_anndata(adata, "cell_type", "Unknown")

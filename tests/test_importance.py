@@ -13,7 +13,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
 from pyro_scanvi import SCANVAE, Cells, SemiSupervisedELBO, importance
-from tests.examples import random_cells, simulated, small_model, small_vae
+from tests.examples import as_they_are, random_cells, simulated, small_model, small_vae
 
 N_GENES, N_LATENT, N_LABELS = 5, 2, 3
 EYE_Z, EYE_X = torch.eye(N_LATENT).double(), torch.eye(N_GENES).double()
@@ -370,7 +370,7 @@ class Taped(SCANVAE):
 @pytest.fixture(scope="module")
 def taped():
     """A model on tape, as an estimator."""
-    model = small_model(simulated(n=12))
+    model = as_they_are(small_model(simulated(n=12)))
     vae = Taped(n_input=20, n_labels=3, n_hidden=16, n_latent=4)
     vae.load_state_dict(model.module.state_dict())
     model.module = vae.eval()
@@ -543,7 +543,7 @@ def test_evaluation_moves_nothing(model):
 def test_observed_labels_are_kept(method):
     """Those of half of the cells, here wrong ones; the others are predicted as ever."""
     adata = simulated(n=60)
-    model = small_model(adata)
+    model = as_they_are(small_model(adata))
     labelled = (adata.obs["cell_type"] != "Unknown").to_numpy()
     arguments = {"method": method, "seed": 0, "n_mc_samples": 5}
     free = model.predict(soft=True, **arguments)

@@ -8,7 +8,7 @@ import pytest
 from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.fields import Fields
 from pyro_scanvi.names import bare, look_alikes, name_of, reads_unlabeled
-from tests.examples import SMALL, simulated, small_model
+from tests.examples import SMALL, as_they_are, simulated, small_model
 
 
 @pytest.mark.parametrize("value", [7, 7.0, np.int8(7), np.float32(7), "7", "7.0", np.str_("7")])
@@ -149,7 +149,7 @@ def test_new_batches_of_another_type_join(tmp_path):
 @pytest.mark.filterwarnings("ignore:no cell of the query:UserWarning")
 def test_a_query_with_another_word_for_unlabelled():
     """It is not told to make a type of it, and cannot."""
-    model = small_model(simulated())
+    model = as_they_are(small_model(simulated()))
     query = simulated()
     query.obs["cell_type"] = query.obs["cell_type"].replace({"Unknown": "unknown"})
     for ask in (

@@ -16,7 +16,7 @@ from torch.distributions import kl_divergence, normal
 from pyro_scanvi import SCANVAE, SCANVI, InputError, SemiSupervisedELBO, correlation, posterior
 from pyro_scanvi.data import CellData
 from pyro_scanvi.likelihoods import GeneLikelihood
-from tests.examples import simulated, small_model
+from tests.examples import as_they_are, simulated, small_model
 
 N, G, K = 60, 20, 4
 BATCHES = ("one", "two", "six")
@@ -305,7 +305,7 @@ def test_size_factors_multiply_expression():
     adata = batched()
     adata.obs["size"] = np.random.default_rng(0).gamma(4, size=N)
     SCANVI.setup_anndata(adata, "cell_type", "Unknown", size_factor_key="size")
-    model = SCANVI(adata, n_hidden=8, n_latent=K)
+    model = as_they_are(SCANVI(adata, n_hidden=8, n_latent=K))
     rho = model.get_normalized_expression(seed=0)
     found = model.get_normalized_expression(library_size="latent", seed=0)
     np.testing.assert_allclose(found, rho.mul(adata.obs["size"], axis=0), rtol=1e-5)
@@ -470,7 +470,7 @@ def zero_inflated_poisson(p):
 
 
 def test_an_own_factor_is_drawn_from():
-    model = model_of(batched())
+    model = as_they_are(model_of(batched()))
     sizes = model._given_by_data()
     model.module = Threes(**sizes, n_hidden=8, n_latent=K).eval()
     counts = model.posterior_predictive_sample(n_samples=2)
@@ -483,7 +483,7 @@ def test_an_own_factor_is_drawn_from():
 def test_an_own_likelihood():
     """It names what it reads; without a dispersion there is no Gamma noise."""
     likelihood = GeneLikelihood(zero_inflated_poisson, uses_theta=False)
-    model = model_of(batched(), gene_likelihood=likelihood)
+    model = as_they_are(model_of(batched(), gene_likelihood=likelihood))
     assert set(model.get_likelihood_parameters()) == {"mean", "dropout"}
     assert model.posterior_predictive_sample().shape == (N, G)
     assert np.isfinite(model.get_elbo())
@@ -731,7 +731,7 @@ def test_bad_arguments_are_refused(model, method, arguments, message, monkeypatc
 
 
 def test_a_model_without_batches_has_one():
-    model = small_model(simulated(N))
+    model = as_they_are(small_model(simulated(N)))
     found = model.get_normalized_expression(transform_batch="all cells", seed=0)
     pd.testing.assert_frame_equal(found, model.get_normalized_expression(seed=0))
 
@@ -739,7 +739,7 @@ def test_a_model_without_batches_has_one():
 def test_numbered_batches_are_found_by_number():
     adata = batched()
     adata.obs["batch"] = adata.obs["batch"].map({"one": 1, "two": 2, "six": 6})
-    model = model_of(adata)
+    model = as_they_are(model_of(adata))
     one, text = (model.get_normalized_expression(transform_batch=b, seed=0) for b in (6, "6"))
     pd.testing.assert_frame_equal(one, text)
     assert not one.equals(model.get_normalized_expression(transform_batch=2, seed=0))

@@ -14,7 +14,7 @@ from torch import nn
 
 from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.data import library_prior
-from tests.examples import SMALL, simulated
+from tests.examples import SMALL, as_they_are, simulated
 
 PROFILES = np.random.default_rng(7).normal(size=(4, 20))
 KINDS = np.array(["B", "NK", "T", "New"])
@@ -391,7 +391,7 @@ def test_groups_of_labels(query):
 
 def test_the_prior_of_labels_survives_a_save(tmp_path):
     """Given to the reference; grown; as an argument of the saved model too."""
-    reference = model_of(cohort(REFERENCE_BATCHES), y_prior=[0.5, 0.3, 0.2])
+    reference = as_they_are(model_of(cohort(REFERENCE_BATCHES), y_prior=[0.5, 0.3, 0.2]))
     adata = cohort(["three"], kinds=4)
     model = SCANVI.load_query_data(adata, reference, extend_labels=["New"])
     np.testing.assert_allclose(model.module.y_prior, [0.375, 0.225, 0.15, 0.25], rtol=1e-6)

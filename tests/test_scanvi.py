@@ -10,7 +10,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from pyro_scanvi import SCANVAE, SCANVI, InputError
-from tests.examples import SMALL, TYPES, simulated, small_model
+from tests.examples import SMALL, TYPES, as_they_are, simulated, small_model
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,8 @@ def test_known_labels_are_not_read_by_predictions(model):
 def test_latent_representation(model):
     latent = model.get_latent_representation()
     assert latent.shape == (120, 4) and latent.dtype == np.float32
-    simplex = small_model(simulated(), latent_distribution="ln").get_latent_representation()
+    simplex = as_they_are(small_model(simulated(), latent_distribution="ln"))
+    simplex = simplex.get_latent_representation()
     np.testing.assert_allclose(simplex.sum(1), 1, rtol=1e-5)
 
 
@@ -155,7 +156,7 @@ def test_annotate_other_cells(model):
 
 
 def test_annotate_before_training():
-    assert small_model(simulated()).annotate().uns["pyro_scanvi"]["n_epochs"] == 0
+    assert as_they_are(small_model(simulated())).annotate().uns["pyro_scanvi"]["n_epochs"] == 0
 
 
 # ---- setup --------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def test_defaults_for_few_labels(tmp_path):
     vae = SCANVI(adata).module
     assert vae.n_latent == 20 and vae.dropout_rate == 0.5 and not vae.classifier.hidden.layers
     own = {"n_latent": 10, "dropout_rate": 0.1, "linear_classifier": False}
-    model = SCANVI(adata, **own)
+    model = as_they_are(SCANVI(adata, **own))
     assert model.module.state_dict().keys() == SCANVAE(**model.fields.sizes()).state_dict().keys()
     model.vae_arguments = {}
     model.save(tmp_path / "model")
@@ -304,7 +305,7 @@ def test_annotations_of_clashing_labels_can_be_stored(tmp_path):
     adata = simulated()
     names = dict(zip(TYPES, ["B", "T/NK", "T"], strict=True))
     adata.obs["cell_type"] = adata.obs["cell_type"].astype(str).replace(names)
-    model = small_model(adata)
+    model = as_they_are(small_model(adata))
     with pytest.warns(UserWarning, match="cannot hold columns of all these names"):
         model.annotate()
     assert list(adata.obsm["scanvi_probabilities"]) == ["B", "T", "2: T|NK"]

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from pyro_scanvi import SCANVI, InputError
+from tests.examples import as_they_are
 
 FOLDER = Path(__file__).parent / "reference"
 
@@ -37,6 +38,7 @@ def test_scanvi_answers_as_scvi_tools_did(adata, expected):
     model = SCANVI.load_scvi_tools(FOLDER / "saved_scanvi", adata)
     soft = model.predict(soft=True)
     assert list(soft.columns) == list(expected["classes"])
+    assert model.is_trained
     np.testing.assert_allclose(soft, expected["probabilities"], atol=1e-5)
     model.train(max_epochs=1, progress_bar=False)
     assert not np.allclose(model.predict(soft=True), expected["probabilities"], atol=1e-5)
@@ -47,11 +49,15 @@ def test_scvi_is_a_warm_start(adata, expected):
     adata.obs["kind"] = np.where(np.arange(48) % 2, "odd", "even")
     adata.obs.loc["cell 5", "kind"] = "?"
     model = SCANVI.from_scvi_model(FOLDER / "saved_scvi", adata, "kind", "?")
+    assert not model.is_trained  # its classifier is new
+    model = as_they_are(model)
     np.testing.assert_allclose(
         model.get_latent_representation(), expected["scvi_latent"], atol=1e-5
     )
     assert list(model.fields.classes) == ["even", "odd"]
+    model.is_trained = False
     assert model.train(max_epochs=1, progress_bar=False).n_epochs_trained == 1
+    assert model.is_trained
 
 
 def test_the_set_up_survives_a_file(adata, tmp_path):

@@ -18,7 +18,7 @@ from pyro_scanvi.course import default_max_epochs
 from pyro_scanvi.plan import Plan
 from pyro_scanvi.scores import EpochScores
 from pyro_scanvi.training_plan import TrainingPlan
-from tests.examples import random_cells, simulated, small_model, small_vae
+from tests.examples import as_they_are, random_cells, simulated, small_model, small_vae
 
 
 def train(model, max_epochs=2, **arguments):
@@ -78,7 +78,7 @@ def test_global_settings_are_left_alone():
 
 def test_evaluation_moves_nothing_and_training_moves_all():
     """Batch norms included; in a second train() too."""
-    model = small_model(simulated())
+    model = as_they_are(small_model(simulated()))
     moving = {n for n, _ in model.module.named_parameters()}
     moving |= {n for n in state(model) if "batch_norm" in n}
     for _ in range(2):
