@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 
 from pyro_scanvi import SCANVI, InputError
+from tests.parity import TOLERANCE
 
 FOLDER = Path(__file__).parent / "reference"
+CLOSE = {"rtol": 0, "atol": TOLERANCE}  # scvi-tools' figures came from another processor
 
 
 @pytest.fixture
@@ -37,9 +39,9 @@ def test_scanvi_answers_as_scvi_tools_did(adata, expected):
     model = SCANVI.load_scvi_tools(FOLDER / "saved_scanvi", adata)
     soft = model.predict(soft=True)
     assert list(soft.columns) == list(expected["classes"])
-    np.testing.assert_allclose(soft, expected["probabilities"], atol=1e-5)
+    np.testing.assert_allclose(soft, expected["probabilities"], **CLOSE)
     model.train(max_epochs=1, progress_bar=False)
-    assert not np.allclose(model.predict(soft=True), expected["probabilities"], atol=1e-5)
+    assert not np.allclose(model.predict(soft=True), expected["probabilities"], **CLOSE)
 
 
 def test_scvi_is_a_warm_start(adata, expected):
@@ -47,9 +49,7 @@ def test_scvi_is_a_warm_start(adata, expected):
     adata.obs["kind"] = np.where(np.arange(48) % 2, "odd", "even")
     adata.obs.loc["cell 5", "kind"] = "?"
     model = SCANVI.from_scvi_model(FOLDER / "saved_scvi", adata, "kind", "?")
-    np.testing.assert_allclose(
-        model.get_latent_representation(), expected["scvi_latent"], atol=1e-5
-    )
+    np.testing.assert_allclose(model.get_latent_representation(), expected["scvi_latent"], **CLOSE)
     assert list(model.fields.classes) == ["even", "odd"]
     assert model.train(max_epochs=1, progress_bar=False).n_epochs_trained == 1
 
