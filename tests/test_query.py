@@ -202,7 +202,7 @@ def test_a_model_of_scvi_tools_is_a_reference_too():
     adata.obs.loc[adata.obs_names[:5], "batch"] = "b9"
     model = SCANVI.load_query_data(adata, reference)
     soft = model.predict(soft=True).iloc[5:]
-    np.testing.assert_allclose(soft, stored["probabilities"][5:], atol=1e-5)
+    np.testing.assert_allclose(soft, stored["probabilities"][5:], atol=1e-4)
     assert list(model.fields.batches)[-1] == "b9"
     assert not model.state_diff(reference).changed.any()
 

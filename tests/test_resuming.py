@@ -1,9 +1,10 @@
 """A run that was killed and resumed ends as if it had never stopped, bit for bit."""
 
+import os
 import pickle
-import subprocess
-import sys
+import signal
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from pyro_scanvi.data import CellData
 from pyro_scanvi.training_plan import TrainingPlan
 from tests.examples import SMALL, simulated, small_model
 
-EPOCHS = 5
+N, EPOCHS = 90, 4  # three minibatches an epoch
 QUERY = {"batch_size": 16, "progress_bar": False, "plan_kwargs": {"weight_decay": 0.1}}
 SETTINGS = {
     "plain": {},
@@ -39,28 +40,36 @@ SETTINGS = {
     },
     "seldom scored": {"class_balanced": True, "check_val_every_n_epoch": 2},
 }
-KILLED = """
-import os, signal, sys
-from pyro_scanvi.training_plan import TrainingPlan
-from tests.test_resuming import SETTINGS, run
-
-def kill(module, cells, outputs, i):
-    if module.epoch == int(sys.argv[3]) and i == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-TrainingPlan.on_train_batch_end = kill
-run(SETTINGS[sys.argv[1]], sys.argv[2])
-"""
 
 
 class Stop(Exception):
     """In place of a kill, where a new process would take too long."""
 
 
+def fresh(**arguments):
+    return small_model(simulated(N), **({"seed": 2, "dropout_rate": 0.3} | arguments))
+
+
 def run(settings, folder=None, epochs=EPOCHS, **more):
     arguments = {"batch_size": 32, "progress_bar": False, "checkpoint_dir": folder} | settings
-    model = small_model(simulated(), seed=2, dropout_rate=0.3)
-    return model.train(epochs, **(arguments | more))
+    return fresh().train(epochs, **(arguments | more))
+
+
+@cache
+def whole(name="plain", epochs=EPOCHS, **more):
+    """The run that nothing stops; the tests only read it."""
+    return run(SETTINGS[name], epochs=epochs, **more)
+
+
+def run_and_kill(name, folder, epoch):
+    """SIGKILL in the second minibatch of an epoch."""
+
+    def kill(module, outputs, cells, i):
+        if module.epoch == epoch and i == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    TrainingPlan.on_train_batch_end = kill
+    run(SETTINGS[name], folder)
 
 
 @pytest.fixture
@@ -88,53 +97,49 @@ def assert_equal(model, other):
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
-def test_killed_and_resumed(tmp_path, name):
-    """SIGKILL in the middle of an epoch, in another process."""
+def test_killed_and_resumed(tmp_path, name, new_process):
+    """In the middle of an epoch, in another process."""
     epoch = 3 + SETTINGS[name].get("pretrain_epochs", 0)
-    arguments = [sys.executable, "-c", KILLED, name, str(tmp_path), str(epoch)]
-    done = subprocess.run(arguments, timeout=120, capture_output=True)
-    assert done.returncode == -9, done.stderr.decode()
+    assert new_process(run_and_kill, name, tmp_path, epoch) == -signal.SIGKILL
     resumed = run(SETTINGS[name], tmp_path, ckpt_path=tmp_path / "last.ckpt")
-    whole = run(SETTINGS[name])
     assert resumed.n_epochs_trained > epoch
-    assert_equal(resumed, whole)
+    assert_equal(resumed, whole(name))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("epoch", [1, 2, 4])
+@pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_stopped_and_resumed(stopped, name, epoch):
-    """In either phase, before and after a validation, and in the epoch before the last."""
-    settings = SETTINGS[name] | {"early_stopping": False}
-    path = stopped(settings, epoch)
+    """In either phase, before and after a validation, and in the last epoch of some."""
+    path = stopped(SETTINGS[name] | {"early_stopping": False}, epoch)
     if not (name == "everything" and epoch == 2):  # then it is the last of the first phase
         assert torch.load(path)["pyro_scanvi"]["history"][-1]["epoch"] == epoch - 1
-    assert_equal(run(settings, ckpt_path=path), run(settings))
+    resumed = run(SETTINGS[name], early_stopping=False, ckpt_path=path)
+    assert_equal(resumed, whole(name, early_stopping=False))
 
 
 def test_a_second_training_is_resumed(stopped, tmp_path):
     """Epochs of the first call are in the checkpoint; a fresh model goes on from it."""
 
     def twice(**more):
-        model = small_model(simulated(), seed=2)
-        model.train(2, batch_size=32, progress_bar=False)
+        model = fresh().train(2, batch_size=32, progress_bar=False)
         return model.train(3, batch_size=32, progress_bar=False, **more)
 
-    whole = twice(checkpoint_dir=tmp_path)
+    expected = twice(checkpoint_dir=tmp_path)
     arguments = {"batch_size": 32, "progress_bar": False, "ckpt_path": tmp_path / "last.ckpt"}
-    resumed = small_model(simulated(), seed=2).train(3, **arguments)
+    resumed = fresh().train(3, **arguments)
     assert resumed.n_epochs_trained == 5
-    assert_equal(resumed, whole)
+    assert_equal(resumed, expected)
 
 
 def test_a_finished_run_goes_on(tmp_path):
     """More epochs than before: as if they had been asked for at once."""
     run({}, tmp_path, epochs=2)
-    assert_equal(run({}, epochs=4, ckpt_path=tmp_path / "last.ckpt"), run({}, epochs=4))
+    assert_equal(run({}, epochs=4, ckpt_path=tmp_path / "last.ckpt"), whole(epochs=4))
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
-    whole = run({}, tmp_path)
-    assert_equal(run({}, ckpt_path=tmp_path / "last.ckpt"), whole)
+    finished = run({}, tmp_path)
+    assert_equal(run({}, ckpt_path=tmp_path / "last.ckpt"), finished)
 
 
 STOPPED = {
@@ -209,8 +214,7 @@ def test_a_query_is_resumed(stopped_query, tmp_path):
     """What is frozen stays so, in the rest of the run too."""
     reference, query = stopped_query
     resumed = query().train(3, **QUERY, checkpoint_dir=tmp_path, ckpt_path="last")
-    whole = query().train(3, **QUERY)
-    assert_equal(resumed, whole)
+    assert_equal(resumed, query().train(3, **QUERY))
     diff = resumed.state_diff(reference)
     assert diff.changed.sum() == 0 and diff.new.sum() > 0
 
@@ -218,8 +222,8 @@ def test_a_query_is_resumed(stopped_query, tmp_path):
 @pytest.fixture
 def stopped_query(tmp_path, monkeypatch):
     """A reference, and a maker of query models; one of them was stopped in its second epoch."""
-    adata = simulated()
-    adata.obs["batch"] = np.repeat(["one", "two", "three"], 40)
+    adata = simulated(N)
+    adata.obs["batch"] = np.repeat(["one", "two", "three"], N // 3)
     is_new = (adata.obs["batch"] == "three").to_numpy()
     seen, new = adata[~is_new].copy(), adata[is_new].copy()
     SCANVI.setup_anndata(seen, "cell_type", "Unknown", batch_key="batch")
@@ -251,7 +255,7 @@ def test_last_starts_or_goes_on(tmp_path):
     """The same call, before and after a stop."""
     first = run({}, tmp_path / "new", epochs=2, ckpt_path="last")
     assert first.n_epochs_trained == 2
-    assert_equal(run({}, tmp_path / "new", ckpt_path="last"), run({}))
+    assert_equal(run({}, tmp_path / "new", ckpt_path="last"), whole())
     with pytest.raises(InputError, match="needs checkpoint_dir"):
         run({}, ckpt_path="last")
 
@@ -266,7 +270,7 @@ def test_a_checkpoint_is_not_replaced_by_a_fresh_start(tmp_path):
 
 def test_a_folder_that_takes_no_files_is_found_before_training(tmp_path):
     (tmp_path / "file").touch()
-    model = small_model(simulated())
+    model = fresh()
     with pytest.raises(InputError, match="cannot be made"):
         model.train(1, progress_bar=False, checkpoint_dir=tmp_path / "file")
     assert model.history.empty
@@ -292,7 +296,7 @@ def checkpoint(tmp_path_factory):
         ({"batch_size": 33}, "batch_size was 32, is 33"),
         ({"plan_kwargs": {"lr": 0.1}}, "lr was 0.001, is 0.1"),
         ({"precision": "64-true"}, "precision was"),
-        ({"cell_weights": np.arange(1.0, 121)}, "data was"),
+        ({"cell_weights": np.arange(1.0, N + 1)}, "data was"),
         ({"seed": 4}, "seed was 2, is 4"),
         (
             {"trainer_kwargs": {"accumulate_grad_batches": 2}},
@@ -302,7 +306,7 @@ def checkpoint(tmp_path_factory):
 )
 def test_another_run_is_refused(checkpoint, change, named):
     """Nothing is trained, nothing is lost."""
-    model = small_model(simulated(), seed=2, dropout_rate=0.3)
+    model = fresh()
     before = {k: v.clone() for k, v in model.module.state_dict().items()}
     arguments = {"batch_size": 32, "progress_bar": False, "ckpt_path": checkpoint} | change
     with pytest.raises(InputError, match=named):
@@ -339,9 +343,9 @@ def test_any_other_data_have_another_digest(name):
 def test_another_model_and_other_cells_are_refused(checkpoint):
     arguments = {"batch_size": 32, "progress_bar": False, "ckpt_path": checkpoint}
     with pytest.raises(InputError, match=r"weight \S+ was .*, is .*"):
-        small_model(simulated(), seed=2, n_latent=5).train(2, **arguments)
+        fresh(n_latent=5).train(2, **arguments)
     with pytest.raises(InputError, match="data was"):
-        small_model(simulated(seed=1), seed=2).train(2, **arguments)
+        small_model(simulated(N, seed=1), seed=2).train(2, **arguments)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -356,7 +360,7 @@ def test_flipped_bits_are_found(checkpoint, tmp_path, seed):
     except InputError as error:
         assert "damaged" in str(error) or "no checkpoint" in str(error)
     else:
-        assert_equal(resumed, run({}, epochs=2))
+        assert_equal(resumed, whole(epochs=2))
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
@@ -405,4 +409,4 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         run({}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     monkeypatch.undo()
-    assert_equal(run({}, ckpt_path=tmp_path / "last.ckpt"), run({}))
+    assert_equal(run({}, ckpt_path=tmp_path / "last.ckpt"), whole())

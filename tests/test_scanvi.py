@@ -12,18 +12,22 @@ from scipy.sparse import csr_matrix
 from pyro_scanvi import SCANVAE, SCANVI, InputError
 from tests.examples import SMALL, TYPES, as_they_are, simulated, small_model
 
+# Sums of float32 by other routes: kernels differ by the number of cells, and so does what they
+# round. This is 200 times what was seen; the latent points of two cells are 0.01 apart or more.
+ROUNDING = {"rtol": 0, "atol": 1e-4}
 
-@pytest.fixture(scope="module")
-def model():
+
+@pytest.fixture
+def model(trained):
     """A trained model; the tests only read it."""
-    return small_model(simulated()).train(40, batch_size=32, progress_bar=False)
+    return trained
 
 
 # ---- labels -------------------------------------------------------------------------------------
 
 
 def test_labels_of_clear_types_are_recovered(model):
-    """Half of the cells have none. Chance is 1/3; four seeds gave 0.97 to 1."""
+    """Half of the cells have none. Chance is 1/3."""
     hidden = (model.adata.obs["cell_type"] == "Unknown").to_numpy()
     assert hidden.sum() > 40
     correct = model.predict() == model.adata.obs["truth"].to_numpy()
@@ -43,7 +47,8 @@ def test_permuted_labels_give_permuted_predictions():
     adata = simulated()
     names = {"B": "T", "T": "B", "NK": "NK", "Unknown": "Unknown"}
     adata.obs["cell_type"] = adata.obs["cell_type"].map(names)
-    model = small_model(adata).train(40, batch_size=32, progress_bar=False)
+    arguments = {"batch_size": 32, "plan_kwargs": {"lr": 1e-2}, "train_size": 1}
+    model = small_model(adata).train(25, **arguments, progress_bar=False)
     expected = adata.obs["truth"].map(names).to_numpy()
     assert (model.predict() == expected).mean() > 0.9
 
@@ -66,10 +71,10 @@ def test_indices_select_cells(model, indices):
     soft = model.predict(soft=True)
     expected = soft.iloc[np.arange(120)[indices]]
     found = model.predict(indices=indices, soft=True)
-    pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+    pd.testing.assert_frame_equal(found, expected, **ROUNDING)
     assert (model.predict(indices=indices) == expected.idxmax(axis=1).to_numpy()).all()
     latent = model.get_latent_representation(indices=indices)
-    np.testing.assert_allclose(latent, model.get_latent_representation()[indices], atol=1e-5)
+    np.testing.assert_allclose(latent, model.get_latent_representation()[indices], **ROUNDING)
 
 
 @pytest.mark.parametrize("indices", [[], np.zeros(120, dtype=bool)])
@@ -83,9 +88,9 @@ def test_batch_size_changes_nothing(model):
     latent = model.get_latent_representation()
     for batch_size in (1, 7, 119, 1000):
         found = model.predict(soft=True, batch_size=batch_size)
-        pd.testing.assert_frame_equal(found, expected, rtol=1e-5)
+        pd.testing.assert_frame_equal(found, expected, **ROUNDING)
         found = model.get_latent_representation(batch_size=batch_size)
-        np.testing.assert_allclose(found, latent, atol=1e-5)
+        np.testing.assert_allclose(found, latent, **ROUNDING)
 
 
 def test_sampled_predictions_differ_from_those_at_the_mean(model):
@@ -111,7 +116,9 @@ def test_sparse_and_dense_counts_agree(model):
     sparse = simulated()
     sparse.X = csr_matrix(sparse.X)
     found = model.predict(sparse, soft=True)
-    pd.testing.assert_frame_equal(found, model.predict(soft=True), rtol=1e-5)
+    pd.testing.assert_frame_equal(found, model.predict(soft=True), **ROUNDING)
+    latent = model.get_latent_representation(sparse)
+    np.testing.assert_allclose(latent, model.get_latent_representation(), **ROUNDING)
 
 
 def test_known_labels_are_not_read_by_predictions(model):
@@ -141,7 +148,7 @@ def test_annotate(model, tmp_path):
     np.testing.assert_array_equal(adata.obs["scanvi_confidence"], soft.max(axis=1))
     np.testing.assert_array_equal(adata.obsm["X_scanvi"], model.get_latent_representation())
     record = adata.uns["pyro_scanvi"]
-    assert record["n_epochs"] == 40 and record["seed"] == 0
+    assert record["n_epochs"] == 25 and record["seed"] == 0
     assert record["settings"]["model"] == {name: str(value) for name, value in SMALL.items()}
     last = model.history.query("split == 'validation'").iloc[-1]
     assert record["final_losses"]["validation"]["elbo"] == last["elbo"]
@@ -220,8 +227,8 @@ def test_latent_library_takes_its_prior_from_the_data():
 def test_deepcopy_and_pickle(model):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         pd.testing.assert_frame_equal(twin.predict(soft=True), model.predict(soft=True))
-        assert twin.train(1, progress_bar=False).n_epochs_trained == 41
-    assert model.n_epochs_trained == 40
+        assert twin.train(1, progress_bar=False).n_epochs_trained == 26
+    assert model.n_epochs_trained == 25
 
 
 # ---- errors -------------------------------------------------------------------------------------
