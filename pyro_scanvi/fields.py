@@ -438,27 +438,6 @@ def weights_of(adata: ad.AnnData, weights: str | Sequence[float] | None) -> np.n
     return values / values.mean()
 
 
-def storable_names(names: Iterable) -> list[str]:
-    """Names of columns as an .h5ad file can hold them: as they are, or numbered where they clash.
-
-    The file takes a name for a path: "/B" would leave the table, "T/NK" cannot stand beside "T".
-    """
-    names = [str(name) for name in names]
-    paths = [tuple(name.split("/")) for name in names]
-
-    def clashes(path: tuple[str, ...]) -> bool:
-        parents = {path[:depth] for depth in range(1, len(path))}
-        return path[0] == "_index" or bool({"", ".", ".."} & set(path) or parents & set(paths))
-
-    stored = [
-        f"{i}: {name.replace('/', '|')}" if clashes(path) else name
-        for i, (name, path) in enumerate(zip(names, paths, strict=True))
-    ]
-    if stored != names:
-        _say(f"a file cannot hold columns of all these names; they are called {', '.join(stored)}")
-    return stored
-
-
 def _batches(adata: ad.AnnData, batch_key: str) -> np.ndarray:
     if not batch_key:
         return np.array(["all cells"])

@@ -26,11 +26,13 @@ from pyro_scanvi.checks import (
 )
 from pyro_scanvi.course import Course, default_max_epochs
 from pyro_scanvi.data import CellData, library_prior
-from pyro_scanvi.fields import UNS_KEY, Fields, storable_names, weights_of
+from pyro_scanvi.fields import UNS_KEY, WRITTEN, Fields, weights_of
 from pyro_scanvi.files import user_path
+from pyro_scanvi.names import first
 from pyro_scanvi.nonfinite import NonFiniteError
 from pyro_scanvi.plan import Plan
 from pyro_scanvi.scanvae import SCANVAE
+from pyro_scanvi.storable import storable, storable_names
 from pyro_scanvi.trainer import TrainerOptions
 
 FROM_DATA = (
@@ -621,14 +623,39 @@ class SCANVI:
         predicted label), ``obsm["scanvi_probabilities"]`` (a DataFrame, one column a class),
         ``obsm["X_scanvi"]``, and to ``uns["pyro_scanvi"]`` version, settings, seed and final
         losses (nats per cell).
+
+        All of it can be written by ``write_h5ad`` and ``write_zarr``. Columns of a file cannot
+        have every name, so a class may be called otherwise there, such as "CD4|CD8 T" for
+        "CD4/CD8 T"; ``uns["pyro_scanvi"]["setup"]["classes"]`` holds the labels in the order of
+        the columns. Settings that are None are text.
+
+        Raises
+        ------
+        InputError
+            If the model was never trained, or the cells do not fit it.
+
+        Warns
+        -----
+        UserWarning
+            If a column is called otherwise than its class, or the index of ``obs`` had the name
+            of a column that is written, which it loses.
         """
         soft = self.predict(adata, soft=True)
         latent = self.get_latent_representation(adata, seed=self.seed)
         adata = self.adata if adata is None else adata
-        soft.columns = storable_names(self.fields.classes)
         predicted = self.fields.classes[soft.to_numpy().argmax(1)]
         adata.obs["scanvi_prediction"] = pd.Categorical(predicted, categories=self.fields.classes)
         adata.obs["scanvi_confidence"] = soft.max(axis=1)
+        if adata.obs_names.name in WRITTEN:
+            adata.obs_names = adata.obs_names.rename(None)
+            warnings.warn("the index of obs had the name of a column, and lost it", stacklevel=2)
+        names = [str(name) for name in self.fields.classes]
+        soft.index = adata.obs_names
+        soft.columns = storable_names(names, taken=[str(soft.index.name)])
+        renamed = [f"{n!r} is {c!r}" for n, c in zip(names, soft.columns, strict=True) if n != c]
+        if renamed:
+            message = "a file cannot hold columns of all these names, so some differ"
+            warnings.warn(message + first(renamed), stacklevel=2)
         adata.obsm["scanvi_probabilities"] = soft
         adata.obsm["X_scanvi"] = latent
         adata.uns[UNS_KEY] = {"setup": self.fields.to_uns()} | self._record()
@@ -732,9 +759,9 @@ class SCANVI:
             "n_epochs": self.n_epochs_trained,
             "settings": {
                 "model": {k: str(v) for k, v in self.vae_arguments.items()},
-                "training": self.training_settings,
+                "training": storable(self.training_settings),
             },
-            "final_losses": losses,
+            "final_losses": storable(losses),
         }
 
     def _given_by_data(self) -> dict[str, Any]:

@@ -266,17 +266,19 @@ ODD_LABELS = {  # the first three values, options, columns of probabilities
     "booleans": ([True, False, True], [], ["False", "True"]),
     "unused": (pd.Categorical(["B", "Unknown", "T"], list("ABT") + ["Unknown"]), [], ["B", "T"]),
     "in the middle": (pd.Categorical(["B", "N", "T"]), ["--unlabeled-category", "N"], ["B", "T"]),
-    "slashes": (["CD4+/CD25", "Unknown", "CD8"], [], ["CD4+/CD25", "CD8"]),
+    "slashes": (["CD4+/CD25", "Unknown", "CD8"], [], ["CD4+|CD25", "CD8"]),
     "brackets": (["[/b]", "Unknown", "[red]T"], [], ["[/b]", "[red]T"]),
-    "one inside another": (["T", "Unknown", "T/NK"], [], ["T", "1: T|NK"]),
-    "at the root": (["/x", "Unknown", "B"], [], ["0: |x", "B"]),
+    "one inside another": (["T", "Unknown", "T/NK"], [], ["T", "T|NK"]),
+    "at the root": (["/x", "Unknown", "B"], [], ["|x", "B"]),
 }
 EXPECTED_NOTES = {
     "booleans": "'Unknown' does not occur in obs['cell_type']: all 40 cells count as labelled, as "
     "False, True",
-    "one inside another": "a file cannot hold columns of all these names; they are called T, "
-    "1: T|NK",
-    "at the root": "a file cannot hold columns of all these names; they are called 0: |x, B",
+    "slashes": "a file cannot hold columns of all these names, so some differ ('CD4+/CD25' is "
+    "'CD4+|CD25')",
+    "one inside another": "a file cannot hold columns of all these names, so some differ ('T/NK' "
+    "is 'T|NK')",
+    "at the root": "a file cannot hold columns of all these names, so some differ ('/x' is '|x')",
 }
 
 

@@ -10,7 +10,7 @@ from scipy.sparse import csc_array, csc_matrix, csr_array, csr_matrix
 
 from pyro_scanvi import SCANVI, InputError, drop_empty_cells
 from pyro_scanvi.data import UNLABELED
-from pyro_scanvi.fields import Fields, storable_names
+from pyro_scanvi.fields import Fields
 from tests.examples import as_they_are, simulated
 
 N, G = 24, 6
@@ -355,36 +355,3 @@ def test_setup_survives_a_file(tmp_path, keys, labels):
     np.testing.assert_equal(again.uns["pyro_scanvi"], adata.uns["pyro_scanvi"])
     models = [as_they_are(SCANVI(cells, n_hidden=4)) for cells in (adata, again)]
     pd.testing.assert_frame_equal(*(model.predict(soft=True) for model in models))
-
-
-NAMES = {
-    "as they are": (["B", "T cell", "CD4/CD8", "β", "_x"], ["B", "T cell", "CD4/CD8", "β", "_x"]),
-    "one inside another": (["T", "T/NK", "T/NK/x"], ["T", "1: T|NK", "2: T|NK|x"]),
-    "whatever the order": (["T/NK", "T"], ["0: T|NK", "T"]),
-    "beside each other": (["T/NK", "T/B"], ["T/NK", "T/B"]),
-    "at the root": (["/T", "B"], ["0: |T", "B"]),
-    "empty parts": (["T/", "T//B", "B"], ["0: T|", "1: T||B", "B"]),
-    "empty": (["", "B"], ["0: ", "B"]),
-    "dots": ([".", "..", "T/.", "B."], ["0: .", "1: ..", "2: T|.", "B."]),
-    "reserved": (["_index", "B"], ["0: _index", "B"]),
-    "integers": ([1, 2], ["1", "2"]),
-}
-
-
-@pytest.mark.parametrize(("names", "expected"), NAMES.values(), ids=NAMES)
-@pytest.mark.filterwarnings("ignore:Forward slashes:FutureWarning")
-@pytest.mark.filterwarnings("ignore:a file cannot hold:UserWarning")
-def test_names_that_a_file_can_hold(tmp_path, names, expected):
-    stored = storable_names(names)
-    assert stored == expected
-    adata = some_cells()
-    values = np.arange(N * len(names)).reshape(N, -1)
-    adata.obsm["soft"] = pd.DataFrame(values, adata.obs_names, stored)
-    adata.write_h5ad(tmp_path / "cells.h5ad")
-    again = ad.read_h5ad(tmp_path / "cells.h5ad").obsm["soft"]
-    pd.testing.assert_frame_equal(again, adata.obsm["soft"])
-
-
-def test_changed_names_are_said():
-    with pytest.warns(UserWarning, match=r"they are called T, 1: T\|NK"):
-        storable_names(["T", "T/NK"])

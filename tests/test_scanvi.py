@@ -315,8 +315,8 @@ def test_annotations_of_clashing_labels_can_be_stored(tmp_path):
     model = as_they_are(small_model(adata))
     with pytest.warns(UserWarning, match="cannot hold columns of all these names"):
         model.annotate()
-    assert list(adata.obsm["scanvi_probabilities"]) == ["B", "T", "2: T|NK"]
+    assert list(adata.obsm["scanvi_probabilities"]) == ["B", "T", "T|NK"]
     adata.write_h5ad(tmp_path / "cells.h5ad")
     again = ad.read_h5ad(tmp_path / "cells.h5ad")
-    assert list(again.obsm["scanvi_probabilities"]) == ["B", "T", "2: T|NK"]
+    assert list(again.obsm["scanvi_probabilities"]) == ["B", "T", "T|NK"]
     assert list(again.obs["scanvi_prediction"].cat.categories) == ["B", "T", "T/NK"]
