@@ -24,7 +24,8 @@ def execute(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # tqdm misses widgets that nobody needs
+    # tqdm misses widgets that nobody needs; and a warning would show the path of the kernel.
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress,ignore:a file takes other names"
     for notebook in sorted(FOLDER.glob("*.ipynb")):
         print(f"executing {notebook.name}", flush=True)
         execute(notebook)

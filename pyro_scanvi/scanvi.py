@@ -654,7 +654,7 @@ class SCANVI:
         soft.columns = storable_names(names, taken=[str(soft.index.name)])
         renamed = [f"{n!r} is {c!r}" for n, c in zip(names, soft.columns, strict=True) if n != c]
         if renamed:
-            message = "a file cannot hold columns of all these names, so some differ"
+            message = "a file takes other names of columns in obsm['scanvi_probabilities']"
             warnings.warn(message + first(renamed), stacklevel=2)
         adata.obsm["scanvi_probabilities"] = soft
         adata.obsm["X_scanvi"] = latent

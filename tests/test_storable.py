@@ -103,7 +103,7 @@ def annotated(adata: ad.AnnData) -> ad.AnnData:
     model = as_they_are(small_model(adata))
     model.training_settings = {"validation_size": None, "a/b": (1, "x"), "": np.float32(0.5)}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="a file cannot hold columns")
+        warnings.filterwarnings("ignore", message="a file takes other names")
         return model.annotate()
 
 
