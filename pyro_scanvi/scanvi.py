@@ -28,6 +28,7 @@ from pyro_scanvi.course import Course, default_max_epochs
 from pyro_scanvi.data import CellData, library_prior
 from pyro_scanvi.fields import UNS_KEY, WRITTEN, Fields, weights_of
 from pyro_scanvi.files import user_path
+from pyro_scanvi.history import History
 from pyro_scanvi.names import first
 from pyro_scanvi.nonfinite import NonFiniteError
 from pyro_scanvi.plan import Plan
@@ -76,7 +77,8 @@ class SCANVI:
         One row for each epoch and split ("train", "validation"; of a warm start "pretrain",
         "pretrain_validation"): elbo, reconstruction, one kl_* for each latent site,
         cross_entropy (nats per cell), accuracy, macro_f1 and calibration_error of the labelled
-        cells.
+        cells. It also answers as that of scvi-tools does, ``history["elbo_train"]``; see
+        :class:`~pyro_scanvi.history.History`.
     training_settings
         How :meth:`train` was last called.
     is_trained
@@ -122,7 +124,7 @@ class SCANVI:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.module = module_class(**(self._given_by_data() | self.vae_arguments)).eval()
-        self.history = pd.DataFrame()
+        self.history = History()
         self.training_settings: dict[str, Any] = {}
         self.is_trained = False
         self.freeze: freezing.Freeze | None = None
@@ -414,7 +416,7 @@ class SCANVI:
             error.name(self.adata.obs_names, self.fields.genes)
             raise
         finally:  # what was learned before an error is kept, and told
-            self.history = pd.DataFrame(rows)
+            self.history = History(rows)
             self.is_trained |= any(row["split"] == "train" for row in rows)
         self.training_settings = plan.record() | asdict(course)
 
@@ -729,7 +731,7 @@ class SCANVI:
         Fields.from_json(record["fields"]).store(adata)
         model = cls(adata, record["seed"], module_class, **_explicit(record["arguments"]))
         model.module.load_state_dict(state)
-        model.history = pd.DataFrame(record["history"])
+        model.history = History(record["history"])
         model.training_settings = record["training_settings"]
         model.is_trained = record.get("is_trained", True)  # not in old records
         if record.get("freeze"):  # not in records of plain models, nor in old ones
