@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_scanvi.checks import InputError
 from pyro_scanvi.data import CellData, total_counts
-from pyro_scanvi.files import check_makeable, replacing, user_path
+from pyro_scanvi.files import Unfailing, check_makeable, disk_errors, replacing, user_path
 
 KEY = "pyro_scanvi"
 LAST = "last.ckpt"
@@ -36,8 +36,8 @@ class WholeFiles(TorchCheckpointIO):
         """Write one; its folder is made if it is not there."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
+        with disk_errors(path), replacing(path) as temporary, Unfailing(temporary) as file:
+            torch.save(checkpoint, file)
 
 
 class LastCheckpoint(Checkpoint):

@@ -20,7 +20,14 @@ from pyro_scanvi.baselines import baseline_probabilities
 from pyro_scanvi.checks import InputError
 from pyro_scanvi.counts import empty_cells
 from pyro_scanvi.fields import check_names
-from pyro_scanvi.files import check_makeable, is_within, make_folder, replacing, user_path
+from pyro_scanvi.files import (
+    check_makeable,
+    disk_errors,
+    is_within,
+    make_folder,
+    replacing,
+    user_path,
+)
 from pyro_scanvi.metrics import label_scores
 from pyro_scanvi.names import name_of
 from pyro_scanvi.scanvi import DEFAULTS, FEW_LABELS_PLAN, SCANVI
@@ -253,10 +260,11 @@ def write_report(model: SCANVI, folder: Path) -> None:
             "losses.png": plotting.loss_figure(model.history),
         }
         for name, figure in figures.items():
-            with replacing(folder / name) as temporary:
+            path = folder / name
+            with disk_errors(path), replacing(path) as temporary:
                 figure.savefig(temporary, dpi=120)
             matplotlib.pyplot.close(figure)
-            _say(f"picture: {folder / name}")
+            _say(f"picture: {path}")
 
 
 def _names(labels: pd.Series, unlabeled: str) -> pd.Series:

@@ -1,11 +1,13 @@
 """Paths as users give them, and what is written there: whole or not at all."""
 
+import io
 import os
 import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from pyro_scanvi.checks import InputError
 
@@ -63,6 +65,70 @@ def making_parents(path: Path) -> Iterator[None]:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
         raise
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """InputError for what the system refuses while `path` is written."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise InputError(f"{path} cannot be written: {reason}") from error
+
+
+class Unfailing(io.RawIOBase):
+    """A new file to write that takes all, on a full disk too, and tells of it when it is closed.
+
+    HDF5 ends the process where the disk is full as it closes a file, and torch speaks of its own
+    insides. So after the first error everything goes on in memory.
+    """
+
+    def __init__(self, path: Path):
+        self._disk = path.open("w+b", buffering=0)
+        self._file: BinaryIO = self._disk
+        self._error: OSError | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of any file."""
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: memoryview) -> int:
+        """As of any file."""
+        return self._file.readinto(buffer)
+
+    def write(self, data: memoryview) -> int:
+        """All of it, on the disk or in memory."""
+        start, left = self._file.tell(), memoryview(data).cast("B")
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._go_on_in_memory(error)
+            self._file.seek(start)
+            self._file.write(data)
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Cut or lengthen the file."""
+        try:
+            return self._file.truncate(size)
+        except OSError as error:
+            self._go_on_in_memory(error)
+            return self._file.truncate(size)
+
+    def close(self) -> None:
+        """Close the file; OSError if not all of it came to the disk."""
+        if not self.closed:
+            super().close()
+            self._disk.close()
+            if self._error is not None:
+                raise self._error
+
+    def _go_on_in_memory(self, error: OSError) -> None:
+        self._error = error
+        self._disk.seek(0)
+        self._file = io.BytesIO(self._disk.read())
 
 
 # ---- checks at the door -------------------------------------------------------------------------

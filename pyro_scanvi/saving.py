@@ -17,7 +17,14 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from pyro_scanvi.checks import InputError
-from pyro_scanvi.files import check_folder, check_makeable, exists, making_parents, replacing_folder
+from pyro_scanvi.files import (
+    check_folder,
+    check_makeable,
+    disk_errors,
+    exists,
+    making_parents,
+    replacing_folder,
+)
 from pyro_scanvi.stores import read_anndata, write_anndata
 
 FORMAT = 1
@@ -46,7 +53,7 @@ def write_model(
     weights = save_safetensors({k: v.detach().cpu().contiguous() for k, v in state.items()})
     record = {"format": FORMAT, "weights_sha256": _digest(weights), **record}
     record["record_sha256"] = _digest(_canonical(record))
-    with making_parents(directory), replacing_folder(directory) as fresh:
+    with disk_errors(directory), making_parents(directory), replacing_folder(directory) as fresh:
         (fresh / WEIGHTS).write_bytes(weights)
         (fresh / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         if adata is not None:

@@ -6,6 +6,7 @@ A format is a class: what it reads, what it may replace, and how an array is lai
 import os
 import re
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from enum import StrEnum
@@ -18,9 +19,18 @@ import h5py
 import numpy as np
 import zarr
 from scipy.sparse import issparse
+from zarr.abc.buffer import Buffer
 
 from pyro_scanvi.checks import InputError
-from pyro_scanvi.files import check_folder, exists, is_within, replacing, replacing_folder
+from pyro_scanvi.files import (
+    Unfailing,
+    check_folder,
+    disk_errors,
+    exists,
+    is_within,
+    replacing,
+    replacing_folder,
+)
 
 LARGEST_EXPANSION = 1000
 PACKED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # first bytes
@@ -69,7 +79,11 @@ class H5ad:
 
     def write(self, adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> None:
         """Write a file; `layout` holds arguments of h5py's ``create_dataset``."""
-        adata.write_h5ad(path, convert_strings_to_categoricals=False, **layout)
+        with Unfailing(path) as device, h5py.File(device, "w") as file:
+            ad.io.write_elem(file, "/", adata, dataset_kwargs=layout)
+            for name in ("X", "raw"):  # earlier versions of anndata read no null
+                if getattr(adata, name) is None:
+                    file.pop(name, None)
 
     def layout(self, source: Path, compression: Compression) -> Mapping[str, Any]:
         """How arrays are compressed: as asked, or as most of the source is."""
@@ -113,8 +127,13 @@ class Zarr:
 
     def write(self, adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> None:
         """Write a store; `layout` holds settings of anndata."""
-        with ad.settings.override(**layout):
-            adata.write_zarr(path, convert_strings_to_categoricals=False)
+        store = _Store(path)
+        try:
+            with ad.settings.override(**layout):
+                adata.write_zarr(store, convert_strings_to_categoricals=False)
+        except BaseException:
+            store.stop()
+            raise
 
     def layout(self, source: Path, compression: Compression) -> Mapping[str, Any]:
         """The version of the format, that of the source; zarr compresses as it does by default."""
@@ -125,6 +144,28 @@ class Zarr:
         if not source.is_dir():
             return DEFAULT_LAYOUT
         return {"zarr_write_format": 3 if (source / "zarr.json").is_file() else 2}
+
+
+class _Store(zarr.storage.LocalStore):
+    """A store that can be stopped: after an error zarr goes on to write other chunks."""
+
+    stopped = False
+    writing = 0
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write a chunk, unless the store is stopped."""
+        self.writing += 1  # first, so that stop() misses none
+        try:
+            if not self.stopped:
+                await super().set(key, value)
+        finally:
+            self.writing -= 1
+
+    def stop(self) -> None:
+        """Wait for what is being written; nothing is written after that."""
+        self.stopped = True
+        while self.writing:
+            time.sleep(0.01)
 
 
 Format = H5ad | Zarr
@@ -231,30 +272,33 @@ def write_anndata(
     InputError
         If the disk is full, or refuses to be written.
     """
-    written = format_of(path)
-    try:
-        with written.replacing(path) as temporary, warnings.catch_warnings():
-            # Of slashes in names, and of what later versions of the formats will do.
-            warnings.simplefilter("ignore")
-            with ad.settings.override(allow_write_nullable_strings=True):
-                written.write(adata, temporary, layout)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {_reason(error)}") from error
+    with disk_errors(path):
+        _write(adata, path, layout)
 
 
 def check_storable(adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> None:
     """Refuse what the format of `path` cannot hold, by writing one cell and one gene of it."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        trial = (Path(folder) / "trial").with_suffix(path.suffix)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             corner = adata[:1, :1].copy()
         try:
-            write_anndata(corner, trial, layout)
+            with disk_errors(path):
+                _write(corner, (Path(folder) / "trial").with_suffix(path.suffix), layout)
+        except InputError:
+            raise
         except Exception as error:  # anndata, h5py and zarr refuse in many ways
-            raise InputError(
-                f"a {path.suffix} cannot hold all of the input: {_reason(error)}"
-            ) from error
+            message = f"{path} cannot hold all of the input: {_reason(error)}"
+            raise InputError(message) from error
+
+
+def _write(adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> None:
+    written = format_of(path)
+    with written.replacing(path) as temporary, warnings.catch_warnings():
+        # Of slashes in names, and of what later versions of the formats will do.
+        warnings.simplefilter("ignore")
+        with ad.settings.override(allow_write_nullable_strings=True):
+            written.write(adata, temporary, layout)
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,9 @@
 """Small models and minibatches that the tests share."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -77,3 +81,14 @@ def small_model(adata: ad.AnnData, seed: int = 0, **arguments) -> SCANVI:
     """A small estimator on `adata`, which is set up."""
     SCANVI.setup_anndata(adata, "cell_type", "Unknown")
     return SCANVI(adata, seed=seed, **(SMALL | arguments))
+
+
+@contextmanager
+def file_limit(n_bytes: int | None) -> Iterator[None]:
+    """No file may become larger: the next best thing to a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft if n_bytes is None else n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,6 +1,7 @@
 """The command line and the files that users have: formats, folders, where counts and labels are."""
 
 import errno
+import resource
 import shutil
 import warnings
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+from matplotlib.figure import Figure
 from scipy.sparse import csc_matrix, csr_matrix
 from typer.testing import Result
 
-from pyro_scanvi import plotting
-from tests.examples import simulated
+from pyro_scanvi import SCANVI, plotting
+from tests.examples import file_limit, simulated
 from tests.test_cli import assert_refused, contents, no_training, run  # noqa: F401
 
 N, G = 40, 12
@@ -255,27 +257,40 @@ def test_what_zarr_cannot_hold_is_found_before_training(folder, no_training):  #
     adata.obs["CD4/CD8"] = 1.0
     write(adata, "in.h5ad")
     result = annotate("in.h5ad", "out.zarr")
-    assert_refused(folder, result, ".zarr cannot hold all of the input: .*CD4/CD8")
+    assert_refused(folder, result, "out.zarr cannot hold all of the input: .*CD4/CD8")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_full_disk(cells, folder, monkeypatch, suffix):
     """After training; the old file stays."""
     shutil.move(f"in.{suffix}", f"old.{suffix}")
-    source = f"in.{'zarr' if suffix == 'h5ad' else 'h5ad'}"
-    real, output = getattr(ad.AnnData, f"write_{suffix}"), f"old.{suffix}"
+    source, output = f"in.{'zarr' if suffix == 'h5ad' else 'h5ad'}", f"old.{suffix}"
+    annotate_model = SCANVI.annotate
 
-    def fail(adata, *args, **kwargs):
-        real(adata, *args, **kwargs)
-        if adata.n_obs > 1:  # not the trial before training
-            raise OSError(errno.ENOSPC, "write failed\n(errno = 28)")
+    def fill_the_disk(model):
+        annotate_model(model)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 
+    monkeypatch.setattr(SCANVI, "annotate", fill_the_disk)
     before = sorted(folder.rglob("*"))
-    monkeypatch.setattr(ad.AnnData, f"write_{suffix}", fail)
-    result = annotate(source, output, "--overwrite")
-    left = sorted([source, output])
-    assert_refused(folder, result, f"{output} cannot be written: No space left on device", left)
+    with file_limit(None):
+        result = annotate(source, output, "--overwrite")
+    assert_refused(folder, result, f"{output} cannot be written: File too large", {source, output})
     assert sorted(folder.rglob("*")) == before
+
+
+def test_no_place_for_pictures(cells, folder, monkeypatch):
+    """The cells are written by then."""
+
+    def fail(figure, path, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    result = annotate("in.h5ad", "out.h5ad", "--report", "report")
+    left = ["in.h5ad", "in.zarr", "out.h5ad", "report"]
+    assert_refused(folder, result, "umap.png cannot be written: No space left on device", left)
+    assert list(Path("report").iterdir()) == []
 
 
 # ---- where counts and labels are ----------------------------------------------------------------
@@ -337,9 +352,7 @@ def test_variable_genes(cellxgene):
     found = annotated("in.h5ad", "out.h5ad", *options)
     cells = cellxgene.raw.to_adata()
     cells.obs["batch"] = cellxgene.obs["batch"]
-    sc.pp.normalize_total(cells, target_sum=1e4)
-    sc.pp.log1p(cells)
-    sc.pp.highly_variable_genes(cells, n_top_genes=7, batch_key="batch")
+    sc.experimental.pp.highly_variable_genes(cells, n_top_genes=7, batch_key="batch")
     chosen = cells.var_names[cells.var["highly_variable"]]
     assert list(found.uns["pyro_scanvi"]["setup"]["genes"]) == list(chosen)
     assert found.raw.n_vars == 30

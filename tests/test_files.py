@@ -4,14 +4,18 @@ import errno
 import os
 import stat
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pyro_scanvi import InputError
 from pyro_scanvi.files import (
+    Unfailing,
     check_folder,
     check_makeable,
+    disk_errors,
     exists,
     is_within,
     make_folder,
@@ -20,6 +24,7 @@ from pyro_scanvi.files import (
     replacing_folder,
     user_path,
 )
+from tests.examples import file_limit
 
 
 def names(folder: Path) -> list[str]:
@@ -140,6 +145,43 @@ def test_parents_are_made_and_taken_back(tmp_path, there):
     with making_parents(tmp_path / "a" / "b" / "c"):
         (tmp_path / "a" / "b" / "c").touch()
     assert names(tmp_path / "a" / "b") == ["c"]
+
+
+def written_by(device) -> tuple[int, bytes]:
+    """A file written here and there, and what was read of it on the way."""
+    rng = np.random.default_rng(0)
+    for start in (0, 3000, 100, 5000, 900):
+        device.seek(start)
+        device.write(memoryview(rng.bytes(700)))
+    device.truncate(5500)
+    device.seek(2900)
+    buffer = bytearray(900)
+    device.readinto(buffer)
+    return device.seek(0, os.SEEK_END), bytes(buffer)
+
+
+@pytest.mark.parametrize("limit", [None, 10000, 3500, 1, 5300])
+def test_unfailing(tmp_path, limit):
+    """Equal to a file of Python where the disk has place for it, and as long as it is open."""
+    with open(tmp_path / "expected", "w+b") as file:
+        expected = written_by(file)
+    full = limit is not None and limit < 5500
+    device = Unfailing(tmp_path / "found")
+    with file_limit(limit):
+        assert written_by(device) == expected
+    with pytest.raises(OSError, match="File too large") if full else nullcontext():
+        device.close()
+    device.close()
+    if not full:
+        assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_disk_errors(tmp_path):
+    for error in (OSError(errno.ENOSPC, "h5py's own words"), OSError("no number")):
+        said = "No space left on device" if error.errno else "no number"
+        message = f"x cannot be written: {said}$"
+        with pytest.raises(InputError, match=message), disk_errors(Path("x")):
+            raise error
 
 
 # ---- paths of users -----------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import pickle
 import signal
 from dataclasses import fields, replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,7 @@ from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.checkpoints import digest
 from pyro_scanvi.data import CellData
 from pyro_scanvi.training_plan import TrainingPlan
-from tests.examples import SMALL, simulated, small_model
+from tests.examples import SMALL, file_limit, simulated, small_model
 
 N, EPOCHS = 90, 4  # three minibatches an epoch
 QUERY = {"batch_size": 16, "progress_bar": False, "plan_kwargs": {"weight_decay": 0.1}}
@@ -397,15 +396,13 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     """As when the disk is full in the middle of a file."""
     save, left = torch.save, [2]
 
-    def fill_the_disk(checkpoint, path):
+    def fill_the_disk(checkpoint, file):
         left[0] -= 1
-        if not left[0]:
-            Path(path).write_bytes(b"half of it")
-            raise OSError("no space left")
-        save(checkpoint, path)
+        with file_limit(None if left[0] else 100):
+            save(checkpoint, file)
 
     monkeypatch.setattr(torch, "save", fill_the_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(InputError, match="last.ckpt cannot be written: File too large"):
         run({}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     monkeypatch.undo()
