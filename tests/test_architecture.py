@@ -14,6 +14,8 @@ LAYERS = [
     {
         "columns",
         "counts",
+        "history",
+        "storable",
         "likelihoods",
         "objective",
         "files",
