@@ -72,7 +72,11 @@ def read_model(
     """
     for name in (RECORD, WEIGHTS):
         if not (directory / name).is_file():
-            raise InputError(f"{directory} holds no saved model: there is no {name}")
+            theirs = any(directory.glob("*model.pt"))
+            hint = "; SCANVI.load_scvi_tools(folder, adata) opens those of scvi-tools"
+            raise InputError(
+                f"{directory} holds no saved model: there is no {name}{hint if theirs else ''}"
+            )
     if with_anndata and not (directory / CELLS).is_file():
         raise InputError(f"{directory} was saved without its cells; give them: load(dir, adata)")
     record = _read_record(directory / RECORD)

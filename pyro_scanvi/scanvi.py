@@ -15,7 +15,17 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from pyro_scanvi import asking, freezing, growing, interop, query, saving, training
+from pyro_scanvi import (
+    asking,
+    freezing,
+    growing,
+    interop,
+    query,
+    saving,
+    scvi_names,
+    summary,
+    training,
+)
 from pyro_scanvi.checks import (
     InputError,
     check_flags,
@@ -25,7 +35,7 @@ from pyro_scanvi.checks import (
     plain_number,
 )
 from pyro_scanvi.course import Course, default_max_epochs
-from pyro_scanvi.data import CellData, library_prior
+from pyro_scanvi.data import CellData, library_prior, split
 from pyro_scanvi.fields import UNS_KEY, WRITTEN, Fields, weights_of
 from pyro_scanvi.files import user_path
 from pyro_scanvi.history import History
@@ -51,7 +61,7 @@ DEFAULTS = {"n_latent": 20, "dropout_rate": 0.5, "linear_classifier": True}
 FEW_LABELS_PLAN = {"classification_ratio": 500.0}  # for about ten labels of each type
 
 
-class SCANVI:
+class SCANVI(metaclass=scvi_names.Names):
     """Semi-supervised annotation of single cells.
 
     Parameters
@@ -111,6 +121,7 @@ class SCANVI:
         module_class: type[SCANVAE] = SCANVAE,
         **vae_arguments: Any,
     ):
+        scvi_names.check_model_arguments(adata, vae_arguments)
         seed, vae_arguments = plain_number(seed), plain(vae_arguments)
         check_seed(seed)
         self.fields = Fields.from_uns(adata)
@@ -150,6 +161,7 @@ class SCANVI:
         InputError
             If the folder holds no SCANVI, or genes or categories differ; it counts and lists them.
         """
+        scvi_names.check_saved(directory)
         save = interop.read_scvi_save(directory, prefix)
         if save.model_name != "SCANVI":
             raise InputError(
@@ -193,6 +205,7 @@ class SCANVI:
         InputError
             If the folder holds no SCVI, genes or categories differ, or the labels are no labels.
         """
+        scvi_names.check_saved(directory)
         save = interop.read_scvi_save(directory, prefix)
         if save.model_name != "SCVI":
             raise InputError(f"{directory} holds a {save.model_name}; open it with load_scvi_tools")
@@ -215,6 +228,7 @@ class SCANVI:
         continuous_covariate_keys: Iterable[str] | None = None,
         use_raw: bool = False,
         n_top_genes: int | None = None,
+        **unknown: Any,
     ) -> None:
         """Check an AnnData and note which of its columns mean what.
 
@@ -248,6 +262,8 @@ class SCANVI:
         ------
         InputError
             If anything is missing or is not what it should be; nothing is written then.
+        TypeError
+            For `unknown` arguments; it names the nearest, or what has the place of scvi-tools'.
 
         Warns
         -----
@@ -255,6 +271,7 @@ class SCANVI:
             If all cells are labelled, there is one batch only, counts were fractions, which the
             model reads rounded, or categories differ in case and blanks alone.
         """
+        scvi_names.check_setup_arguments(SCANVI.setup_anndata, unknown)
         check_flags(use_raw=use_raw)
         fields = Fields.from_anndata(
             adata,
@@ -296,6 +313,7 @@ class SCANVI:
         progress_bar: bool = True,
         seed: int | None = None,
         trainer_kwargs: Mapping[str, Any] | None = None,
+        **trainer_arguments: Any,
     ) -> "SCANVI":
         """Train, or train on.
 
@@ -351,9 +369,10 @@ class SCANVI:
             Of shuffling, dropout and sampling; None is the model's own. The split is always that
             of the model's seed, so that training on with the same shares never sees held-out
             cells.
-        trainer_kwargs
-            Further arguments of Lightning's Trainer, such as ``max_time``; each phase, the warm
-            start and the training, has a Trainer of its own.
+        trainer_kwargs, **trainer_arguments
+            Further arguments of Lightning's Trainer, such as ``max_time``, in a dict or by
+            themselves; ``enable_progress_bar`` is `progress_bar`. Each phase, the warm start and
+            the training, has a Trainer of its own.
 
         Raises
         ------
@@ -371,6 +390,9 @@ class SCANVI:
             the epochs to come will take more than two minutes.
         """
         check_flags(early_stopping=early_stopping)
+        trainer_kwargs, progress_bar = scvi_names.trainer_arguments(
+            SCANVI.train, trainer_arguments, trainer_kwargs, progress_bar
+        )
         default_epochs = default_max_epochs(len(self._data))
         course = Course(
             max_epochs=default_epochs if max_epochs is None else max_epochs,
@@ -393,7 +415,7 @@ class SCANVI:
             precision=precision,
             checkpoint_dir=checkpoint_dir,
             progress_bar=progress_bar,
-            trainer_kwargs=trainer_kwargs or {},
+            trainer_kwargs=trainer_kwargs,
         )
         self._fit(Plan.of(plan_kwargs or {}), course, options, cell_weights, ckpt_path)
         return self
@@ -424,6 +446,74 @@ class SCANVI:
     def n_epochs_trained(self) -> int:
         """Number of epochs in the history."""
         return training.epochs_in(self.history.to_dict("records"))
+
+    # What users of scvi-tools know, each in a line or two; scvi_names.py says what is not here.
+
+    def __getattr__(self, name: str) -> Any:
+        raise scvi_names.missing(type(self).__name__, name)
+
+    def __repr__(self) -> str:
+        return summary.description(self, self._data.label)
+
+    @property
+    def summary_string(self) -> str:
+        """What ``print(model)`` prints."""
+        return repr(self)
+
+    def view_anndata_setup(self, adata: ad.AnnData | None = None) -> pd.DataFrame:
+        """What the model reads of an AnnData: place, number of categories, the first of them.
+
+        Parameters
+        ----------
+        adata
+            Another AnnData that was set up; None is the setup of the model.
+        """
+        return summary.setup_table(self.fields if adata is None else Fields.from_uns(adata))
+
+    def get_var_names(self) -> np.ndarray:
+        """Names of the genes that the model reads, in its order."""
+        return self.fields.genes.copy()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; cells are moved there minibatch by minibatch."""
+        return self.module.y_prior.device
+
+    def to_device(self, device: str | int | torch.device) -> None:
+        """Move the weights, as to "cuda" or "cpu"; a number is a GPU. For asking: training moves
+        them by itself, see `accelerator` of :meth:`train`.
+
+        Raises
+        ------
+        InputError
+            If there is no such device.
+        """
+        try:
+            self.module.to(torch.device(device))
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise InputError(f"device={device!r} cannot be used: {error}") from None
+
+    @property
+    def train_indices(self) -> np.ndarray:
+        """Positions of the cells that :meth:`train` was last called to train on."""
+        return self._split()[0]
+
+    @property
+    def validation_indices(self) -> np.ndarray:
+        """Positions of the cells that it scored."""
+        return self._split()[1]
+
+    @property
+    def test_indices(self) -> np.ndarray:
+        """Positions of the cells that it did neither with."""
+        return np.setdiff1d(np.arange(len(self._data)), np.concatenate(self._split()))
+
+    def _split(self) -> tuple[np.ndarray, np.ndarray]:
+        course = self.training_settings
+        if not course:
+            raise AttributeError  # Python then asks __getattr__, which knows what to say
+        shares = course["train_size"], course["split_seed"], course["validation_size"]
+        return split(self._data.label, *shares)
 
     # What is asked of a trained model; each is a function of asking.py.
     predict = plain_arguments(asking.predict)

@@ -9,7 +9,18 @@ import pyro_scanvi
 
 FOLDER = Path(pyro_scanvi.__file__).parent
 LAYERS = [
-    {"names", "data", "distributions", "networks", "metrics", "datasets", "threads", "baselines"},
+    {
+        "history",
+        "names",
+        "storable",
+        "data",
+        "distributions",
+        "networks",
+        "metrics",
+        "datasets",
+        "threads",
+        "baselines",
+    },
     {"checks"},
     {
         "columns",
@@ -29,7 +40,7 @@ LAYERS = [
     {"plan", "pretraining", "posterior", "interop", "growing"},
     {"trainer", "training_plan", "freezing", "expression", "correlation", "elbo", "importance"},
     {"training", "fields"},  # fields read the registry of a saved scvi-tools model too
-    {"query", "asking"},
+    {"query", "asking", "scvi_names", "summary"},
     {"scanvi"},
     {"cli", "__init__"},
 ]
@@ -56,6 +67,8 @@ ONLY = {  # where a layer would allow more
     "nonfinite": {"data"},
     "growing": {"checks", "likelihoods", "scanvae"},
     "freezing": {"checks", "growing", "scanvae"},
+    "scvi_names": {"checks", "plan", "trainer"},
+    "summary": {"data", "fields", "freezing", "names", "scanvae"},
     "query": {"checks", "columns", "fields", "growing", "names", "saving", "scanvae"},
 }
 LAZY = {("scanvae", "interop")}  # scanvae answers by scvi-tools' names through interop
@@ -75,6 +88,8 @@ UNKNOWN_TO = {  # the edges that these are kept from
     "elbo": {"anndata", "pandas", "lightning"},
     "growing": {"anndata", "pandas", "lightning"},
     "freezing": {"anndata", "pandas"},
+    "storable": {"pyro", "torch", "anndata", "pandas", "lightning"},
+    "history": {"pyro", "torch", "anndata", "numpy", "lightning"},
 }
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
