@@ -9,18 +9,7 @@ import pyro_scanvi
 
 FOLDER = Path(pyro_scanvi.__file__).parent
 LAYERS = [
-    {
-        "history",
-        "names",
-        "storable",
-        "data",
-        "distributions",
-        "networks",
-        "metrics",
-        "datasets",
-        "threads",
-        "baselines",
-    },
+    {"names", "data", "distributions", "networks", "metrics", "datasets", "threads", "baselines"},
     {"checks"},
     {
         "columns",
