@@ -3,6 +3,7 @@
 import inspect
 import json
 import typing
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,13 @@ from scipy.sparse import csr_matrix
 from pyro_scanvi import SCANVAE, SCANVI
 from pyro_scanvi.checkpoints import digest
 from pyro_scanvi.checks import plain, plain_number
+from pyro_scanvi.course import Course
 from pyro_scanvi.data import CellData, library_prior
+from pyro_scanvi.differential import Settings
+from pyro_scanvi.freezing import Freeze
 from pyro_scanvi.plan import Plan
 from pyro_scanvi.scanvi import FROM_DATA
+from pyro_scanvi.trainer import TrainerOptions
 from tests.examples import random_cells, simulated, small_vae
 
 NUMBERS = {int, float, bool}
@@ -296,6 +301,17 @@ def test_plain(given, expected):
 @pytest.mark.parametrize("value", [np.ones(1), torch.ones(2), object(), [].append])
 def test_what_is_no_number_stays_the_same_object(value):
     assert plain_number(value) is value and plain([value])[0] is value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [Course, Plan, TrainerOptions, Settings, Freeze])
+def test_settings_of_their_own(settings, kind):
+    """Where they are made without an estimator."""
+    numbers = numbers_of(settings, without=["early_stopping"])
+    more = {"new": {}} if settings is Freeze else {}
+    given = asdict(settings(**written(numbers, kind), **more))
+    assert {name: given[name] for name in numbers} == numbers
+    assert all(type(given[name]) is type(value) for name, value in numbers.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -211,8 +211,9 @@ def test_no_hint(n_genes, seconds, more):
 
 
 def test_the_hint_of_a_resumed_run():
-    """Of the first epoch that is run, and those that are left."""
+    """Of the first epoch that is run, and those that are left; a slow one later says nothing."""
     ((epoch, said),) = Hinted(MANY).phase("train", [60.0] * 3, first=140)
+    assert Hinted(MANY).phase("train", [0.1, 600.0, 600.0]) == []
     assert epoch == 140 and "9 that follow" in said and "9 minutes" in said
 
 
@@ -227,11 +228,12 @@ def test_the_hint_of_a_warm_start():
     assert len(run.phase("train", [90.0] * 3, max_epochs=3)) == 1
 
 
-def test_a_run_gives_the_hint(monkeypatch, capsys):
+@pytest.mark.parametrize("pretrain_epochs, left", [(0, 2), (1, 3)])
+def test_a_run_gives_the_hint(monkeypatch, capsys, pretrain_epochs, left):
     """Beside the progress bar, for the genes of the model and the epochs that it was asked for."""
     monkeypatch.setattr(callbacks, "MANY_GENES", 19)
     monkeypatch.setattr(callbacks, "LONG_RUN", 0.0)
-    with pytest.warns(UserWarning, match="3 that follow .* 20 genes") as caught:
-        small_model(simulated()).train(3, batch_size=32, pretrain_epochs=1)
+    with pytest.warns(UserWarning, match=f"{left} that follow .* 20 genes") as caught:
+        small_model(simulated()).train(3, batch_size=32, pretrain_epochs=pretrain_epochs)
     assert len(caught) == 1
     assert "3/3" in capsys.readouterr().out
