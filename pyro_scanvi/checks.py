@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_scanvi.names import name_of, names_of
+from pyro_scanvi.names import listed, name_of, names_of
 
 LARGEST_SEED = 2**63
 
@@ -133,8 +133,7 @@ def positions_of(names: Iterable, known: Iterable, argument: str) -> list[int]:
     unknown = [name for name in names if name not in position]
     if unknown:
         near = difflib.get_close_matches(unknown[0], position, n=1, cutoff=0.4)
-        shown = ", ".join(list(position)[:5]) + (", ..." if len(position) > 5 else "")
-        hint = f"did you mean {near[0]!r}?" if near else f"the model knows {shown}"
+        hint = f"did you mean {near[0]!r}?" if near else f"the model knows {listed(position)}"
         raise InputError(
             f"{argument}: the model does not know {unknown[0]!r}"
             + (f" and {len(unknown) - 1} more" if unknown[1:] else "")

@@ -2,10 +2,10 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import anndata as ad
 import matplotlib.pyplot
@@ -174,11 +174,8 @@ def annotate(
     with _plain_errors():
         source, output = user_path(source), user_path(output)
         report = None if report is None else user_path(report)
-        check_output(output, overwrite, source)
-        _check_report(report, source, output)
-        adata = read_anndata(source)
-        layout = layout_of(output, source, compression)
-        check_storable(adata, output, layout)
+        _check_outputs(output, report, source, overwrite)
+        adata, layout = _read_for(output, source, compression)
         if drop_empty_cells:
             adata = _without_empty_cells(adata, layer, use_raw)
         SCANVI.setup_anndata(
@@ -207,11 +204,7 @@ def annotate(
             early_stopping=early_stopping,
             plan_kwargs={"classification_ratio": classification_ratio},
         )
-        model.annotate()
-        write_anndata(adata, output, layout)
-        _say(f"annotated cells: {output}")
-        if report is not None:
-            write_report(model, report)
+        _write_annotated(model, output, layout, report)
 
 
 @app.command()
@@ -245,8 +238,8 @@ def write_report(model: SCANVI, folder: Path) -> None:
     make_folder(folder)
     labels_key, unlabeled = model.fields.labels_key, model.fields.unlabeled_category
     columns = [labels_key, "scanvi_prediction", "scanvi_confidence"]
-    obs = model.adata.obs[columns].copy()
-    drawn = {column: _names(obs[column], unlabeled) for column in columns[:2]}
+    obs = model.fields.with_named_unlabeled(model.adata.obs[columns].copy())
+    drawn = {column: obs[column].astype(object).map(name_of) for column in columns[:2]}
     short = _short_names({unlabeled, *pd.concat(drawn)})
     for column, names in drawn.items():
         obs[column] = names.map(short).astype("category")
@@ -265,11 +258,6 @@ def write_report(model: SCANVI, folder: Path) -> None:
                 figure.savefig(temporary, dpi=120)
             matplotlib.pyplot.close(figure)
             _say(f"picture: {path}")
-
-
-def _names(labels: pd.Series, unlabeled: str) -> pd.Series:
-    """Labels of any type by their names, missing ones as the unlabelled category."""
-    return labels.astype(object).where(labels.notna(), unlabeled).map(name_of)
 
 
 def _short_names(names: set[str]) -> dict[str, str]:
@@ -298,7 +286,29 @@ def score_table(model: SCANVI) -> Table:
     return table
 
 
-def _check_report(folder: Path | None, source: Path, output: Path) -> None:
+def _read_for(
+    output: Path, source: Path, compression: Compression
+) -> tuple[ad.AnnData, Mapping[str, Any]]:
+    """The input, and how the output is laid out, which has been seen to hold it."""
+    adata = read_anndata(source)
+    layout = layout_of(output, source, compression)
+    check_storable(adata, output, layout)
+    return adata, layout
+
+
+def _write_annotated(
+    model: SCANVI, output: Path, layout: Mapping[str, Any], report: Path | None
+) -> None:
+    model.annotate()
+    write_anndata(model.adata, output, layout)
+    _say(f"annotated cells: {output}")
+    if report is not None:
+        write_report(model, report)
+
+
+def _check_outputs(output: Path, folder: Path | None, source: Path, overwrite: bool) -> None:
+    """Refuse an output or a folder for the report that cannot be written."""
+    check_output(output, overwrite, source)
     if folder is None:
         return
     for path in (source, output):

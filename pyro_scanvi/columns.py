@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scanvi.checks import InputError
-from pyro_scanvi.names import NAMES_SHOWN, first, look_alikes, names_of, renaming
+from pyro_scanvi.names import first, listed, look_alikes, names_of, renaming
 
 MISSING, UNSEEN = -2, -1  # codes of cells without a value, and with one that is not known
 MEND_UNSEEN = {  # by what is unseen
@@ -133,13 +133,10 @@ def names_of_cells(column: pd.Series, chosen: np.ndarray | None) -> pd.Series:
 def refuse_unseen(unseen: pd.Series, known: Iterable, where: str, what: str) -> None:
     """Refuse categories that the model does not know, and say how it can get to know them."""
     names = unseen.unique()
-    known = names_of(known)
     if len(names):
         raise InputError(
             f"{where} has {len(names)} {what} that the model has not seen{first(names)}; it "
-            f"knows {', '.join(known[:NAMES_SHOWN])}"
-            + (", ..." if len(known) > NAMES_SHOWN else "")
-            + f"; {MEND_UNSEEN[what]}"
+            f"knows {listed(names_of(known))}; {MEND_UNSEEN[what]}"
         )
 
 

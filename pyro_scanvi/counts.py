@@ -16,6 +16,7 @@ from pyro_scanvi.threads import as_told
 
 Counts = csr_matrix | np.ndarray
 
+DROP_EMPTY = "; drop them with pyro_scanvi.drop_empty_cells(adata) or --drop-empty-cells"
 LARGEST_LOGARITHM = 30  # no log(1 + count) is larger
 ROUNDING_ERROR = 1e-3, 1e-5  # absolute and relative, of counts that went through a logarithm
 CELLS_LOOKED_AT = 100
@@ -108,13 +109,7 @@ class CountsPlace:
             If fractions, as ambient-corrected counts have, were rounded.
         """
         counts = self.values(adata, columns)
-        empty = is_empty(counts)
-        if empty.any():
-            names = adata.obs_names[empty]
-            raise InputError(
-                f"{len(names)} cells have no counts{first(names)}; drop them with "
-                "pyro_scanvi.drop_empty_cells(adata) or --drop-empty-cells"
-            )
+        check_not_empty(counts, adata.obs_names)
         return counts
 
     def values(self, adata: ad.AnnData, columns: np.ndarray | None = None) -> Counts:
@@ -151,7 +146,14 @@ def drop_empty_cells(
 
 def is_empty(counts: Counts) -> np.ndarray:
     """Whether each row has no counts, (N,)."""
-    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel() == 0
+    return np.asarray(counts.sum(axis=1)).ravel() == 0
+
+
+def check_not_empty(counts: Counts, names: pd.Index, mend: str = DROP_EMPTY) -> None:
+    """Refuse cells without counts, by name."""
+    empty = is_empty(counts)
+    if empty.any():
+        raise InputError(f"{empty.sum()} cells have no counts{first(names[empty])}{mend}")
 
 
 def variable_genes(counts: Counts, batch: np.ndarray, n_top_genes: int) -> np.ndarray:

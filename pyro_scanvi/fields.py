@@ -28,7 +28,7 @@ from pyro_scanvi.columns import (
 from pyro_scanvi.counts import Counts, CountsPlace
 from pyro_scanvi.data import UNLABELED, CellData
 from pyro_scanvi.interop import ScviSave
-from pyro_scanvi.names import NAMES_SHOWN, first, name_of, names_of, reads_unlabeled, renaming
+from pyro_scanvi.names import first, listed, name_of, names_of, reads_unlabeled, renaming
 
 UNS_KEY = "pyro_scanvi"
 WRITTEN = ("scanvi_prediction", "scanvi_confidence")  # columns of obs
@@ -112,10 +112,14 @@ class Fields:
             ),
             genes=place.genes(adata).to_numpy(dtype=str),
         )
-        own = place.own_counts(adata)
+        data = fields.encode(adata)
         if n_top_genes is None:
             return fields
-        chosen = counts.variable_genes(own, fields._batch_codes(adata), n_top_genes)
+        chosen = counts.variable_genes(data.counts, data.batch, n_top_genes)
+        mend = (
+            f" in the {len(chosen)} genes that were chosen; raise n_top_genes, or drop those cells"
+        )
+        counts.check_not_empty(data.counts[:, chosen], adata.obs_names, mend)
         return replace(fields, genes=fields.genes[chosen])
 
     @property
@@ -132,16 +136,9 @@ class Fields:
                 "unlabeled_category, ...) first"
             )
         stored = dict(adata.uns[UNS_KEY]["setup"])
-        keys = ("categorical_covariate_keys", "continuous_covariate_keys")
-        tuples = {k: tuple(str(v) for v in stored[k]) for k in keys}
-        per_covariate = stored["covariate_categories"]
-        tuples["covariate_categories"] = tuple(
-            np.array(per_covariate[str(i)]) for i in range(len(per_covariate))
-        )
-        # Copies: whatever becomes of uns, a model keeps its categories.
-        arrays = {k: np.array(stored[k]) for k in ("classes", "batches", "genes")}
-        use_raw = bool(stored.get("use_raw", False))
-        return cls(**(stored | tuples | arrays | {"use_raw": use_raw}))
+        by_number = stored["covariate_categories"]
+        stored["covariate_categories"] = [by_number[str(i)] for i in range(len(by_number))]
+        return cls.from_json(stored)
 
     @classmethod
     def from_scvi_save(cls, save: ScviSave) -> "Fields":
@@ -163,12 +160,13 @@ class Fields:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Fields":
-        """From ``asdict`` of fields, after its arrays and tuples became lists."""
+        """From ``asdict`` of fields, its arrays and tuples as lists or arrays, which are copied."""
         keys = ("categorical_covariate_keys", "continuous_covariate_keys")
         arrays = {k: np.array(stored[k]) for k in ("classes", "batches", "genes")}
-        tuples: dict[str, tuple] = {k: tuple(stored[k]) for k in keys}
+        tuples: dict[str, tuple] = {k: tuple(map(str, stored[k])) for k in keys}
         tuples["covariate_categories"] = tuple(map(np.array, stored["covariate_categories"]))
-        return cls(**(stored | arrays | tuples))
+        use_raw = bool(stored.get("use_raw", False))  # not in old records
+        return cls(**(stored | arrays | tuples | {"use_raw": use_raw}))
 
     def labelled_by(self, adata: ad.AnnData, labels_key: str, unlabeled_category: str) -> "Fields":
         """The same fields with the labels of another column."""
@@ -181,6 +179,10 @@ class Fields:
     def store(self, adata: ad.AnnData) -> None:
         """Note these fields in ``adata.uns``, after a check that they can read it."""
         self.encode(adata)
+        self.note(adata)
+
+    def note(self, adata: ad.AnnData) -> None:
+        """Note these fields in ``adata.uns``; they have been found in it."""
         adata.uns[UNS_KEY] = {"setup": self.to_uns()}
 
     def to_uns(self) -> dict[str, Any]:
@@ -396,8 +398,7 @@ def find_classes(adata: ad.AnnData, labels_key: str, unlabeled_category: str) ->
     if is_class.all() and not labels.isna().any():
         _say(
             f"{unlabeled_category!r} does not occur in {column}: all {adata.n_obs} cells count as "
-            f"labelled, as {', '.join(map(str, classes[:NAMES_SHOWN]))}"
-            + (", ..." if len(classes) > NAMES_SHOWN else "")
+            f"labelled, as {listed(classes)}"
         )
     return classes
 

@@ -79,7 +79,11 @@ def renaming(names: Mapping[str, str], column: str) -> str:
 
 def first(names: Iterable) -> str:
     """The first few names in brackets; nothing where there are none."""
+    shown = listed(names)
+    return f" ({shown})" if shown else ""
+
+
+def listed(names: Iterable) -> str:
+    """The first few names, and dots for more."""
     names = [str(n) for n in names]
-    if not names:
-        return ""
-    return f" ({', '.join(names[:NAMES_SHOWN])}{', ...' if len(names) > NAMES_SHOWN else ''})"
+    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")

@@ -70,19 +70,19 @@ def prepare(adata: ad.AnnData, fields: Fields) -> ad.AnnData:
     genes = pd.Index(fields.genes)
     names = fields.place.genes(adata)
     check_gene_names(names)
-    _check_overlap(genes[names.get_indexer(genes) < 0], genes)
+    positions = names.get_indexer(genes)
+    _check_overlap(genes[positions < 0], genes)
     prepared = ad.AnnData(
         obs=adata.obs.copy(),
-        var=pd.DataFrame({"in_query": genes.isin(names)}, index=genes),
+        var=pd.DataFrame({"in_query": positions >= 0}, index=genes),
         obsm={name: value.copy() for name, value in adata.obsm.items()},
         obsp={name: value.copy() for name, value in adata.obsp.items()},
         uns=copy.deepcopy(dict(adata.uns)),
     )
     if fields.use_raw:  # X may hold anything of other genes
-        prepared.X = _columns(adata.raw.X, names.get_indexer(genes))
+        prepared.X = _columns(adata.raw.X, positions)
         prepared.raw = prepared
         return prepared
-    positions = names.get_indexer(genes)
     prepared.X = None if adata.X is None else _columns(adata.X, positions)
     for name, matrix in adata.layers.items():
         prepared.layers[name] = _columns(matrix, positions)

@@ -285,7 +285,7 @@ class SCANVI(metaclass=scvi_names.Names):
             use_raw,
             n_top_genes,
         )
-        fields.store(adata)
+        fields.note(adata)
 
     @plain_arguments
     def train(

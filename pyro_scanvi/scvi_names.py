@@ -6,11 +6,10 @@ from dataclasses import fields
 from typing import Any
 
 import anndata as ad
-import lightning
 
 from pyro_scanvi.checks import InputError, check_known
 from pyro_scanvi.plan import Plan
-from pyro_scanvi.trainer import OURS
+from pyro_scanvi.trainer import free_arguments
 
 SPLIT = "train() splits the cells, and this model has not been trained here"
 SETUP = "view_anndata_setup() returns the columns and categories as a table"
@@ -226,7 +225,8 @@ def trainer_arguments(
             raise TypeError(f"{name!r} is an argument of train(); leave it out of trainer_kwargs")
     of_plan = {f.name: f"it is plan_kwargs={{{f.name!r}: ...}}" for f in fields(Plan)}
     refuse(given, of_plan | TRAIN, "train()")
-    check_known(keywords, [*own, *_free()], "an argument of train() or of Lightning's Trainer")
+    known = [*own, *free_arguments(), "enable_progress_bar"]
+    check_known(keywords, known, "an argument of train() or of Lightning's Trainer")
     if "enable_progress_bar" in given and not progress_bar:
         raise TypeError("enable_progress_bar and progress_bar=False are one thing; give one")
     progress_bar = given.pop("enable_progress_bar", progress_bar)
@@ -237,9 +237,3 @@ def _spelled(function: Callable) -> list[str]:
     """The arguments that a function names."""
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
-
-
-def _free() -> list[str]:
-    """The arguments of Lightning's Trainer that train() passes on."""
-    trainer = set(_spelled(lightning.Trainer.__init__)) - {"self", *OURS}
-    return sorted({*trainer, "enable_progress_bar"})

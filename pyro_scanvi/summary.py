@@ -10,7 +10,7 @@ import pandas as pd
 from pyro_scanvi import freezing
 from pyro_scanvi.data import UNLABELED
 from pyro_scanvi.fields import Fields
-from pyro_scanvi.names import first
+from pyro_scanvi.names import listed
 from pyro_scanvi.scanvae import SCANVAE
 
 
@@ -60,7 +60,7 @@ def setup_table(fields: Fields) -> pd.DataFrame:
     table = {
         "place": [place for _, place, _ in rows],
         "n_categories": pd.array([None if k is None else len(k) for *_, k in rows], dtype="Int64"),
-        "categories": ["" if k is None else first(k)[2:-1] for *_, k in rows],
+        "categories": ["" if k is None else listed(k) for *_, k in rows],
     }
     return pd.DataFrame(table, index=pd.Index([what for what, *_ in rows], name="field"))
 

@@ -96,8 +96,7 @@ class TrainerOptions:
             _check_all(Logger, logger=given)
         if not isinstance(self.trainer_kwargs, Mapping):
             raise InputError(f"trainer_kwargs={self.trainer_kwargs!r}, expected a dict")
-        known = set(inspect.signature(lightning.Trainer.__init__).parameters) - {"self", *OURS}
-        check_known(self.trainer_kwargs, sorted(known), "a free argument of Lightning's Trainer")
+        check_known(self.trainer_kwargs, free_arguments(), "a free argument of Lightning's Trainer")
 
     @property
     def scores(self) -> bool:
@@ -162,6 +161,11 @@ class TrainerOptions:
         if self.checkpoint_dir is not None:
             ours.append(LastCheckpoint(user_path(self.checkpoint_dir)))
         return ours
+
+
+def free_arguments() -> list[str]:
+    """The arguments of Lightning's Trainer that may be given as they are."""
+    return sorted(set(inspect.signature(lightning.Trainer.__init__).parameters) - {"self", *OURS})
 
 
 def _check_all(kind: type, **given: Any) -> None:

@@ -212,6 +212,17 @@ def test_more_genes_than_there_are_is_all_of_them(many):
         SCANVI.setup_anndata(many.copy(), "cell_type", "Unknown", n_top_genes=0)
 
 
+def test_cells_without_counts_in_the_chosen_genes(many):
+    """What helps is not to drop cells without any counts: they have some."""
+    adata = many.copy()
+    dense = adata.X.toarray()
+    dense[5, ::3] = 0
+    adata.X = csr_matrix(dense)
+    with pytest.raises(InputError, match=r"\(cell5\) in the 12 genes.*raise n_top_genes, or drop"):
+        SCANVI.setup_anndata(adata, "cell_type", "Unknown", n_top_genes=12)
+    assert not adata.uns
+
+
 def test_a_batch_of_few_cells(many):
     batch = np.zeros(240, dtype=int)
     batch[:2] = 1
