@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pyro_scanvi import SCANVI
-from pyro_scanvi.baselines import baseline_probabilities
-from pyro_scanvi.files import make_folder, user_path
+from pyro_scanvi.app.baselines import baseline_probabilities
 from pyro_scanvi.metrics import label_scores
-from pyro_scanvi.stores import read_anndata, write_anndata
+from pyro_scanvi.storage.files import make_folder, user_path
+from pyro_scanvi.storage.stores import read_anndata, write_anndata
 
 UNLABELED = "Unknown"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

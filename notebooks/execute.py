@@ -5,7 +5,6 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-
 from pyro_scanvi.files import replacing
 
 FOLDER = Path(__file__).parent

@@ -1,10 +1,10 @@
 """scANVI as an open Pyro program: every cell labelled, every factor of the model exchangeable."""
 
-from pyro_scanvi.checks import InputError
-from pyro_scanvi.counts import drop_empty_cells
-from pyro_scanvi.data import Cells
-from pyro_scanvi.objective import SemiSupervisedELBO
-from pyro_scanvi.scanvae import SCANVAE
-from pyro_scanvi.scanvi import SCANVI
+from pyro_scanvi.data.counts import drop_empty_cells
+from pyro_scanvi.data.minibatches import Cells
+from pyro_scanvi.estimator.scanvi import SCANVI
+from pyro_scanvi.model.objective import SemiSupervisedELBO
+from pyro_scanvi.model.scanvae import SCANVAE
+from pyro_scanvi.validation import InputError
 
 __all__ = ["SCANVAE", "SCANVI", "Cells", "InputError", "SemiSupervisedELBO", "drop_empty_cells"]

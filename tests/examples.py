@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from pyro_scanvi import SCANVAE, SCANVI, Cells
-from pyro_scanvi.growing import grow
+from pyro_scanvi.surgery.growing import grow
 
 TYPES = ("B", "NK", "T")
 SMALL = {"n_hidden": 16, "n_latent": 4, "dropout_rate": 0.1, "linear_classifier": False}

@@ -19,8 +19,8 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_scanvi.interop import cells_from_tensors
-from pyro_scanvi.scanvae import SCANVAE
+from pyro_scanvi.model.scanvae import SCANVAE
+from pyro_scanvi.model.scvi_interface import cells_from_tensors
 
 TOLERANCE = 1e-4
 GIVEN = ("kwargs", "classes", "weight/", "input/", "noise/")

@@ -8,9 +8,9 @@ import pytest
 import scanpy as sc
 
 from pyro_scanvi import datasets
-from pyro_scanvi.counts import CountsPlace
+from pyro_scanvi.data.counts import CountsPlace
+from pyro_scanvi.data.fields import check_names
 from pyro_scanvi.datasets import hide_labels, pbmc68k_counts
-from pyro_scanvi.fields import check_names
 
 
 @pytest.fixture(scope="module")

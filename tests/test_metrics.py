@@ -5,8 +5,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 
-from pyro_scanvi import baselines
-from pyro_scanvi.baselines import baseline_probabilities
+from pyro_scanvi.app import baselines
+from pyro_scanvi.app.baselines import baseline_probabilities
 from pyro_scanvi.metrics import expected_calibration_error, label_scores
 from tests.examples import TYPES, simulated
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from pyro_scanvi import SCANVI, InputError
-from pyro_scanvi.fields import Fields
+from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.names import bare, look_alikes, name_of, reads_unlabeled
 from tests.examples import SMALL, as_they_are, simulated, small_model
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
-from pyro_scanvi.plotting import compute_umap
-from pyro_scanvi.posterior import evaluating
+from pyro_scanvi.app.plotting import compute_umap
+from pyro_scanvi.posterior.draws import evaluating
 from pyro_scanvi.threads import as_told, told
 from tests.examples import simulated, small_model, small_vae
 

@@ -1,0 +1,1 @@
+"""The command line, and the pictures and baselines that it shows."""

@@ -1,0 +1,349 @@
+"""The command line: ``pyro-scanvi annotate`` and ``pyro-scanvi demo``."""
+
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import anndata as ad
+import matplotlib.pyplot
+import numpy as np
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pyro_scanvi import datasets
+from pyro_scanvi.app import plotting
+from pyro_scanvi.app.baselines import baseline_probabilities
+from pyro_scanvi.data.counts import empty_cells
+from pyro_scanvi.data.fields import check_names
+from pyro_scanvi.estimator.scanvi import DEFAULTS, FEW_LABELS_PLAN, SCANVI
+from pyro_scanvi.metrics import label_scores
+from pyro_scanvi.names import name_of
+from pyro_scanvi.storage.files import (
+    check_makeable,
+    disk_errors,
+    is_within,
+    make_folder,
+    replacing,
+    user_path,
+)
+from pyro_scanvi.storage.stores import (
+    Compression,
+    check_output,
+    check_storable,
+    layout_of,
+    read_anndata,
+    write_anndata,
+)
+from pyro_scanvi.validation import InputError
+
+app = typer.Typer(
+    help="Label every cell of an AnnData from a few labelled ones, with scANVI.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+LONGEST_NAME = 40  # letters, in the legend of a picture
+console = Console()
+complaints = Console(stderr=True)
+
+Source = Annotated[
+    Path, typer.Argument(metavar="IN", help="Cells by genes, raw counts: .h5ad or .zarr.")
+]
+Output = Annotated[
+    Path,
+    typer.Argument(metavar="OUT", help="Where to write the result: .h5ad or .zarr."),
+]
+LabelsKey = Annotated[str, typer.Option(help="Column of obs with the labels.")]
+UnlabeledCategory = Annotated[
+    str,
+    typer.Option(help="Value of that column where the label is not known; or there is no value."),
+]
+BatchKey = Annotated[
+    str | None, typer.Option(help="Column of obs with the batch; one batch if not given.")
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        help="Layer with the raw counts; raw is raw.X where no layer has that name; X if not given."
+    ),
+]
+UseRaw = Annotated[
+    bool, typer.Option("--use-raw", help="Read the counts in raw.X; off by default.")
+]
+NTopGenes = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Learn from so many genes, the most variable of each batch; all if not given."
+    ),
+]
+CategoricalCovariateKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column of obs with a further covariate; repeat for more; none if not given."
+    ),
+]
+ContinuousCovariateKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column of obs with a numeric covariate; repeat for more; none if not given."
+    ),
+]
+SizeFactorKey = Annotated[
+    str | None, typer.Option(help="Column of obs with size factors; total counts if not given.")
+]
+MaxEpochs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Passes over the data; if not given, min(round(20000 / cells * 400), 150).",
+        show_default=False,
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Cells in a minibatch.")]
+NHidden = Annotated[int, typer.Option(min=1, help="Units in a hidden layer.")]
+NLatent = Annotated[int, typer.Option(min=1, help="Dimensions of the latent space.")]
+DropoutRate = Annotated[
+    float, typer.Option(min=0, max=0.99, help="Probability of dropping a unit in training.")
+]
+LinearClassifier = Annotated[
+    bool, typer.Option(help="Classify the latent space by one linear layer.")
+]
+ClassificationRatio = Annotated[
+    float, typer.Option(min=0, help="Weight of the cross-entropy against the ELBO of one cell.")
+]
+EarlyStopping = Annotated[
+    bool, typer.Option(help="Stop when the ELBO of the held-out cells rises no more.")
+]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="Seed of weights, split, shuffling and sampling."),
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(help="Folder for pictures, made if new, at any depth; none if not given."),
+]
+DropEmptyCells = Annotated[
+    bool,
+    typer.Option("--drop-empty-cells", help="Leave out cells without counts; off by default."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT if it is there; off by default.")
+]
+CompressionChoice = Annotated[
+    Compression, typer.Option(help="Of an .h5ad: keep takes that of IN; .zarr has its own.")
+]
+
+
+@app.command()
+def annotate(
+    source: Source,
+    output: Output,
+    labels_key: LabelsKey,
+    unlabeled_category: UnlabeledCategory = "Unknown",
+    batch_key: BatchKey = None,
+    layer: Layer = None,
+    use_raw: UseRaw = False,
+    n_top_genes: NTopGenes = None,
+    categorical_covariate_key: CategoricalCovariateKey = None,
+    continuous_covariate_key: ContinuousCovariateKey = None,
+    size_factor_key: SizeFactorKey = None,
+    max_epochs: MaxEpochs = None,
+    batch_size: BatchSize = 128,
+    n_hidden: NHidden = 128,
+    n_latent: NLatent = DEFAULTS["n_latent"],
+    dropout_rate: DropoutRate = DEFAULTS["dropout_rate"],
+    linear_classifier: LinearClassifier = DEFAULTS["linear_classifier"],
+    classification_ratio: ClassificationRatio = FEW_LABELS_PLAN["classification_ratio"],
+    early_stopping: EarlyStopping = False,
+    seed: Seed = 0,
+    report: Report = None,
+    drop_empty_cells: DropEmptyCells = False,
+    compression: CompressionChoice = Compression.KEEP,
+    overwrite: Overwrite = False,
+) -> None:
+    """Label the cells of IN and write them to OUT.
+
+    OUT is IN plus obs["scanvi_prediction"], obs["scanvi_confidence"],
+    obsm["scanvi_probabilities"], obsm["X_scanvi"] and uns["pyro_scanvi"]; all genes are kept. The
+    folder of OUT has to be there, so that a typing error is found before training.
+    """
+    with _plain_errors():
+        source, output = user_path(source), user_path(output)
+        report = None if report is None else user_path(report)
+        _check_outputs(output, report, source, overwrite)
+        adata, layout = _read_for(output, source, compression)
+        if drop_empty_cells:
+            adata = _without_empty_cells(adata, layer, use_raw)
+        SCANVI.setup_anndata(
+            adata,
+            labels_key,
+            unlabeled_category,
+            layer,
+            batch_key,
+            size_factor_key,
+            categorical_covariate_key,
+            continuous_covariate_key,
+            use_raw,
+            n_top_genes,
+        )
+        model = SCANVI(
+            adata,
+            seed=seed,
+            n_hidden=n_hidden,
+            n_latent=n_latent,
+            dropout_rate=dropout_rate,
+            linear_classifier=linear_classifier,
+        )
+        model.train(
+            max_epochs,
+            batch_size=batch_size,
+            early_stopping=early_stopping,
+            plan_kwargs={"classification_ratio": classification_ratio},
+        )
+        _write_annotated(model, output, layout, report)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo_output"),
+    labels_per_type: Annotated[
+        int, typer.Option(min=1, help="Labels kept of each type, at most half of a type.")
+    ] = 10,
+    max_epochs: MaxEpochs = None,
+    seed: Seed = 0,
+) -> None:
+    """Annotate 700 real blood cells from a few labels, and score the result on the hidden ones."""
+    with _plain_errors():
+        folder = user_path(folder)
+        check_makeable(folder)
+        adata = datasets.pbmc68k_counts()
+        adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], labels_per_type, seed)
+        SCANVI.setup_anndata(adata, "given", "Unknown")
+        model = SCANVI(adata, seed=seed)
+        model.train(max_epochs, plan_kwargs=FEW_LABELS_PLAN)
+        model.annotate()
+        write_report(model, folder)
+        write_anndata(adata, folder / "annotated.h5ad")
+        _say(f"annotated cells: {folder / 'annotated.h5ad'}")
+        console.print(score_table(model))
+
+
+def write_report(model: SCANVI, folder: Path) -> None:
+    """UMAP of the latent space and loss curves, as PNG, into a folder."""
+    matplotlib.use("agg")
+    make_folder(folder)
+    labels_key, unlabeled = model.fields.labels_key, model.fields.unlabeled_category
+    columns = [labels_key, "scanvi_prediction", "scanvi_confidence"]
+    obs = model.fields.with_named_unlabeled(model.adata.obs[columns].copy())
+    drawn = {column: obs[column].astype(object).map(name_of) for column in columns[:2]}
+    short = _short_names({unlabeled, *pd.concat(drawn)})
+    for column, names in drawn.items():
+        obs[column] = names.map(short).astype("category")
+    picture = ad.AnnData(obs=obs, obsm={"X_scanvi": model.adata.obsm["X_scanvi"]})
+    plotting.compute_umap(picture, model.seed)
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        # A letter that the font lacks is a box, and a long name makes a picture smaller.
+        warnings.filterwarnings("ignore", message="Glyph|Tight layout", category=UserWarning)
+        figures = {
+            "umap.png": plotting.umap_figure(picture, columns, short[unlabeled]),
+            "losses.png": plotting.loss_figure(model.history),
+        }
+        for name, figure in figures.items():
+            path = folder / name
+            with disk_errors(path), replacing(path) as temporary:
+                figure.savefig(temporary, dpi=120)
+            matplotlib.pyplot.close(figure)
+            _say(f"picture: {path}")
+
+
+def _short_names(names: set[str]) -> dict[str, str]:
+    """Each name with its middle left out, if it is long; as they are where some would be alike."""
+    half = LONGEST_NAME // 2
+    short = {n: n if len(n) <= LONGEST_NAME else f"{n[:half]}...{n[-half:]}" for n in names}
+    return short if len(set(short.values())) == len(names) else {n: n for n in names}
+
+
+def score_table(model: SCANVI) -> Table:
+    """Scores on the cells whose label was hidden, beside the baselines."""
+    obs = model.adata.obs
+    labelled = (obs[model.fields.labels_key] != model.fields.unlabeled_category).to_numpy()
+    truth = obs["cell_type"].astype(str).to_numpy()
+    codes = np.searchsorted(model.fields.classes, truth[~labelled])
+    soft = model.adata.obsm["scanvi_probabilities"].to_numpy()[~labelled]
+    methods = {"pyro_scanvi": soft} | baseline_probabilities(model.adata, truth, labelled)
+    table = Table(
+        title=f"{(~labelled).sum()} cells with hidden labels, {labelled.sum()} labelled cells"
+    )
+    for column in ("method", "accuracy", "macro-F1", "expected calibration error"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, probabilities in methods.items():
+        scores = label_scores(codes, probabilities)
+        table.add_row(name, *(f"{score:.3f}" for score in scores.values()))
+    return table
+
+
+def _read_for(
+    output: Path, source: Path, compression: Compression
+) -> tuple[ad.AnnData, Mapping[str, Any]]:
+    """The input, and how the output is laid out, which has been seen to hold it."""
+    adata = read_anndata(source)
+    layout = layout_of(output, source, compression)
+    check_storable(adata, output, layout)
+    return adata, layout
+
+
+def _write_annotated(
+    model: SCANVI, output: Path, layout: Mapping[str, Any], report: Path | None
+) -> None:
+    model.annotate()
+    write_anndata(model.adata, output, layout)
+    _say(f"annotated cells: {output}")
+    if report is not None:
+        write_report(model, report)
+
+
+def _check_outputs(output: Path, folder: Path | None, source: Path, overwrite: bool) -> None:
+    """Refuse an output or a folder for the report that cannot be written."""
+    check_output(output, overwrite, source)
+    if folder is None:
+        return
+    for path in (source, output):
+        if is_within(folder, path):
+            raise InputError(f"the report {folder} lies in {path}; name another folder")
+    check_makeable(folder)
+
+
+def _without_empty_cells(adata: ad.AnnData, layer: str | None, use_raw: bool) -> ad.AnnData:
+    check_names(adata)
+    empty = empty_cells(adata, layer, use_raw)
+    _say(f"cells without counts, left out: {empty.sum()}")
+    return adata[~empty].copy()
+
+
+def _say(message: str, to: Console = console, style: str = "") -> None:
+    # Names and paths may hold brackets, and a line is to stay a line.
+    to.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Say what is wrong with the input in a sentence; what is our fault keeps its traceback."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)  # what libraries will change
+        warnings.showwarning = lambda message, *_: _say(f"note: {message}", complaints, "yellow")
+        try:
+            yield
+        except InputError as error:
+            _say(f"error: {error}", complaints, "red")
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,299 @@
+"""The counts of an AnnData: where they stand, whether they are counts, a copy to keep."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scanpy as sc
+from scipy.sparse import csr_matrix, issparse
+
+from pyro_scanvi.names import first
+from pyro_scanvi.threads import as_told
+from pyro_scanvi.validation import InputError, check_at_least
+
+Counts = csr_matrix | np.ndarray
+
+DROP_EMPTY = "; drop them with pyro_scanvi.drop_empty_cells(adata) or --drop-empty-cells"
+LARGEST_LOGARITHM = 30  # no log(1 + count) is larger
+ROUNDING_ERROR = 1e-3, 1e-5  # absolute and relative, of counts that went through a logarithm
+CELLS_LOOKED_AT = 100
+VALUES_THAT_TELL = 3  # different ones in a cell; fewer are multiples by chance
+SHARE_OF_NORMALISED = 0.5
+# Undo what may have been done to counts, up to a factor for each cell.
+UNDO = (lambda x: x, np.expm1, lambda x: np.exp2(x) - 1, lambda x: np.power(10.0, x) - 1)
+
+
+@dataclass(frozen=True)
+class CountsPlace:
+    """Where the counts of an AnnData stand: ``raw``, a layer, or (empty) ``X``."""
+
+    layer: str = ""
+    use_raw: bool = False
+
+    @classmethod
+    def find(cls, adata: ad.AnnData, layer: str | None, use_raw: bool = False) -> "CountsPlace":
+        """The place that is meant; layer="raw" is ``raw`` where no layer has that name.
+
+        Raises
+        ------
+        InputError
+            If it is not there, or two places are named.
+        """
+        if use_raw and layer:
+            raise InputError(f"use_raw=True and layer={layer!r} name two places; give one")
+        if layer is not None and not isinstance(layer, str):
+            raise InputError(f"layer={layer!r}, expected the name of a layer")
+        if layer == "raw" and layer not in adata.layers and adata.raw is not None:
+            return cls(use_raw=True)
+        place = cls(layer or "", bool(use_raw))
+        place.check(adata)
+        return place
+
+    def __str__(self) -> str:
+        return "raw.X" if self.use_raw else f"layer {self.layer!r}" if self.layer else "X"
+
+    def check(self, adata: ad.AnnData) -> None:
+        """Refuse an AnnData that lacks the place."""
+        if self.use_raw and adata.raw is None:
+            raise InputError("there is no raw in the AnnData; leave use_raw out, or name a layer")
+        if self.layer and self.layer not in adata.layers:
+            raise InputError(
+                f"there is no layer {self.layer!r}; there are: {', '.join(adata.layers) or 'none'}"
+            )
+
+    def genes(self, adata: ad.AnnData) -> pd.Index:
+        """Names of the genes that stand there; ``raw`` may have more than ``X``."""
+        self.check(adata)
+        return adata.raw.var_names if self.use_raw else adata.var_names
+
+    def matrix(self, adata: ad.AnnData) -> Any:
+        """The matrix itself, sparse or dense, shared with the AnnData; InputError if unusable."""
+        self.check(adata)
+        if adata.isbacked:
+            raise InputError("the AnnData is backed by its file; load it with adata.to_memory()")
+        matrix = self._held(adata)
+        if matrix is None:
+            hint = _other_place(adata, self)
+            raise InputError(
+                f"{self} is empty; name the layer with the counts (layer=..., --layer){hint}"
+            )
+        if not issparse(matrix):
+            return np.asarray(matrix)
+        try:  # scipy would crash on indices out of range
+            matrix.check_format(full_check=True)
+        except ValueError as error:
+            raise InputError(f"the sparse matrix of the counts is broken: {error}") from None
+        return matrix
+
+    def own_counts(self, adata: ad.AnnData, columns: np.ndarray | None = None) -> Counts:
+        """A float32 copy of the checked counts, CSR or dense, that shares no memory.
+
+        Parameters
+        ----------
+        adata
+            Cells by genes.
+        columns
+            Positions of the genes to take; None is all.
+
+        Raises
+        ------
+        InputError
+            For what is not counts, naming the first cell and gene, and cells without counts.
+
+        Warns
+        -----
+        UserWarning
+            If fractions, as ambient-corrected counts have, were rounded.
+        """
+        counts = self.values(adata, columns)
+        check_not_empty(counts, adata.obs_names)
+        return counts
+
+    def values(self, adata: ad.AnnData, columns: np.ndarray | None = None) -> Counts:
+        """As :meth:`own_counts`, but cells may be empty."""
+        matrix = self.matrix(adata)
+        kind = matrix.dtype.kind
+        if kind not in "iuf":
+            raise InputError(f"counts have dtype {matrix.dtype}, expected real numbers")
+        counts = _copied(matrix, columns)
+        genes = self.genes(adata)
+        names = adata.obs_names, genes if columns is None else genes[columns]
+        if kind == "f":
+            return _whole(counts, names, self, adata)
+        _refuse(counts, _values(counts) < 0, names, self, adata)
+        return counts
+
+    def _held(self, adata: ad.AnnData) -> Any:
+        if self.use_raw:
+            return adata.raw.X
+        return adata.layers[self.layer] if self.layer else adata.X
+
+
+def empty_cells(adata: ad.AnnData, layer: str | None = None, use_raw: bool = False) -> np.ndarray:
+    """Whether each cell has no counts, (N,)."""
+    return is_empty(CountsPlace.find(adata, layer, use_raw).values(adata))
+
+
+def drop_empty_cells(
+    adata: ad.AnnData, layer: str | None = None, use_raw: bool = False
+) -> ad.AnnData:
+    """A copy without the cells that have no counts."""
+    return adata[~empty_cells(adata, layer, use_raw)].copy()
+
+
+def is_empty(counts: Counts) -> np.ndarray:
+    """Whether each row has no counts, (N,)."""
+    return np.asarray(counts.sum(axis=1)).ravel() == 0
+
+
+def check_not_empty(counts: Counts, names: pd.Index, mend: str = DROP_EMPTY) -> None:
+    """Refuse cells without counts, by name."""
+    empty = is_empty(counts)
+    if empty.any():
+        raise InputError(f"{empty.sum()} cells have no counts{first(names[empty])}{mend}")
+
+
+def variable_genes(counts: Counts, batch: np.ndarray, n_top_genes: int) -> np.ndarray:
+    """Positions of the most variable genes in order, chosen by scanpy; all if there are no more.
+
+    By the variance of their Pearson residuals (Lause et al. 2021, Genome Biol 22:258), within each
+    batch, and by the number of batches in which a gene is among the first. It reads counts, and
+    labels were told better from its genes than from those of flavor "seurat".
+
+    Parameters
+    ----------
+    counts
+        Of all genes, (N, G).
+    batch
+        Code of the batch of each cell, (N,).
+    n_top_genes
+        How many.
+    """
+    check_at_least(1, n_top_genes=n_top_genes)
+    if n_top_genes >= counts.shape[1]:
+        return np.arange(counts.shape[1])
+    obs = pd.DataFrame({"batch": pd.Categorical(batch)}, index=np.arange(len(batch)).astype(str))
+    cells = ad.AnnData(counts.copy(), obs=obs)
+    several = "batch" if len(np.unique(batch)) > 1 else None
+    with as_told():  # numba's threads are not left to the user
+        sc.experimental.pp.highly_variable_genes(
+            cells, n_top_genes=n_top_genes, batch_key=several, flavor="pearson_residuals"
+        )
+    return np.flatnonzero(cells.var["highly_variable"])
+
+
+def _copied(matrix: Any, columns: np.ndarray | None) -> Counts:
+    chosen = matrix if columns is None else matrix[:, columns]
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+        if not issparse(chosen):
+            return np.array(chosen, dtype=np.float32, order="C")
+        shares = columns is None and chosen.format == "csr"
+        own = csr_matrix(chosen, dtype=np.float32, copy=shares)
+    own.sum_duplicates()
+    return own
+
+
+def _values(counts: Counts) -> np.ndarray:
+    return counts.data if issparse(counts) else counts
+
+
+def _whole(counts: Counts, names: tuple, place: CountsPlace, adata: ad.AnnData) -> Counts:
+    """Whole numbers, in place; what is not counts is refused."""
+    values = _values(counts)
+    _refuse(counts, ~np.isfinite(values) | (values < 0), names, place, adata)
+    rounded = np.rint(values)
+    off = np.abs(values - rounded)
+    fractional = off > ROUNDING_ERROR[0] + ROUNDING_ERROR[1] * values
+    if fractional.any():
+        _refuse_normalised(counts, fractional, names, place, adata)
+        warnings.warn(
+            f"the counts hold {fractional.sum()} fractions of {np.count_nonzero(values)} values, "
+            f"up to {values.max():.6g}, as corrected counts do: the model reads them rounded to "
+            "whole numbers; the AnnData stays as it is",
+            stacklevel=4,
+        )
+    np.copyto(values, rounded)
+    return counts
+
+
+def _refuse_normalised(counts: Counts, fractional: np.ndarray, *where: Any) -> None:
+    largest = _values(counts).max()
+    surely = _are_normalised(counts)
+    if not surely and largest >= LARGEST_LOGARITHM:
+        return
+    kind = "log-normalised" if largest < LARGEST_LOGARITHM else "normalised"
+    doubt = "if they are corrected counts, round them: adata.X = adata.X.round(); "
+    _refuse(counts, fractional, *where, f"these look {kind}; {'' if surely else doubt}")
+
+
+def _are_normalised(counts: Counts) -> bool:
+    """Whether cells hold whole numbers times a factor, or a logarithm of that, or one total."""
+    rows = counts[:CELLS_LOOKED_AT]
+    dense = np.asarray(rows.toarray() if issparse(rows) else rows, dtype=float)
+    totals = dense.sum(1)
+    if len(totals) > 1 and np.ptp(totals) <= 1e-3 * totals.mean():
+        return True
+    told = [row[row > 0] for row in dense if len(np.unique(row[row > 0])) >= VALUES_THAT_TELL]
+    with np.errstate(over="ignore"):  # what is no logarithm may be beyond any power
+        scaled = [any(_is_multiple(undo(row)) for undo in UNDO) for row in told]
+    return bool(scaled) and np.mean(scaled) >= SHARE_OF_NORMALISED
+
+
+def _is_multiple(values: np.ndarray) -> bool:
+    """Whether all values are whole multiples of the smallest."""
+    if not np.isfinite(values).all():
+        return False
+    multiples = values / values.min()
+    off = np.abs(multiples - np.rint(multiples))
+    return bool((off <= 10 * ROUNDING_ERROR[0] + ROUNDING_ERROR[1] * multiples).all())
+
+
+def _refuse(
+    counts: Counts,
+    wrong: np.ndarray,
+    names: tuple[pd.Index, pd.Index],
+    place: CountsPlace,
+    adata: ad.AnnData,
+    mend: str = "",
+) -> None:
+    """InputError that names the first wrong value, if there is one."""
+    if not wrong.any():
+        return
+    cell, gene = _position(counts, wrong)
+    value = _values(counts)[wrong][0]
+    kind = "negative" if value < 0 else "fractional" if np.isfinite(value) else "not finite"
+    others = int(wrong.sum()) - 1
+    more = f", and {others} more like it" if others else ""
+    raise InputError(
+        f"the counts hold a value that is {kind}: {value:.6g} in cell {names[0][cell]!r}, "
+        f"gene {names[1][gene]!r}{more}; {mend}expected raw counts, 0, 1, 2, ... (name "
+        f"their layer with layer=..., --layer){_other_place(adata, place)}"
+    )
+
+
+def _position(counts: Counts, wrong: np.ndarray) -> tuple[int, int]:
+    """Row and column of the first entry that is wrong."""
+    if not issparse(counts):
+        return tuple(int(i) for i in np.argwhere(wrong)[0])
+    at = int(np.flatnonzero(wrong)[0])
+    return int(np.searchsorted(counts.indptr, at, side="right")) - 1, int(counts.indices[at])
+
+
+def _other_place(adata: ad.AnnData, place: CountsPlace) -> str:
+    """Where else in the AnnData whole numbers stand, as advice."""
+    if not place.use_raw and adata.raw is not None and _holds_counts(adata.raw.X):
+        return "; raw holds whole numbers: use_raw=True, or --layer raw"
+    for name, matrix in adata.layers.items():
+        if name != place.layer and _holds_counts(matrix):
+            return f"; layer {name!r} holds whole numbers: layer={name!r}, or --layer {name}"
+    return ""
+
+
+def _holds_counts(matrix: Any) -> bool:
+    values = matrix.data if issparse(matrix) else np.asarray(matrix)
+    if values.dtype.kind not in "iuf" or not values.size:
+        return False
+    return bool((values >= 0).all() and (values == np.rint(values)).all() and values.any())

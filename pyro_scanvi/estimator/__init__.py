@@ -1,0 +1,1 @@
+"""SCANVI, the estimator that users meet: AnnData in, AnnData out."""

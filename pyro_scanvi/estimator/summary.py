@@ -1,0 +1,95 @@
+"""What a model is and was set up with, for people to read: its repr, and the table of its setup."""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from pyro_scanvi.data.fields import Fields
+from pyro_scanvi.data.minibatches import UNLABELED
+from pyro_scanvi.model.scanvae import SCANVAE
+from pyro_scanvi.names import listed
+from pyro_scanvi.surgery import freezing
+
+
+class Described(Protocol):
+    """What is read of a SCANVI."""
+
+    module: SCANVAE
+    fields: Fields
+    vae_arguments: Mapping[str, Any]
+    is_trained: bool
+    n_epochs_trained: int
+    freeze: freezing.Freeze | None
+
+
+def description(model: Described, label: np.ndarray) -> str:
+    """Cells, genes, columns, module and training, in a few lines; `label` are codes, (N,)."""
+    fields = model.fields
+    n_labelled = (label != UNLABELED).sum()
+    columns = _columns(fields)
+    batches = [_told(key, known) for what, key, known in columns if what == "batch"]
+    others = [_told(key, known) for what, key, known in columns if what not in ("labels", "batch")]
+    lines = [
+        f"SCANVI of {len(label)} cells and {len(fields.genes)} genes, counts in {fields.place}",
+        f"labels: {_told(fields.labels_key, fields.classes)}, known of {n_labelled} cells; the "
+        f"others are {fields.unlabeled_category!r}",
+        f"batch: {', '.join(batches) or 'none'}",
+        f"covariates: {', '.join(others) or 'none'}",
+        f"module: {type(model.module).__name__}({_arguments(model.vae_arguments)})",
+        f"trained: {'yes' if model.is_trained else 'no'}, {model.n_epochs_trained} epochs here",
+    ]
+    if model.freeze is not None:
+        lines.append(f"query: {_moving(model.module, model.freeze)}")
+    return "\n".join(lines)
+
+
+def setup_table(fields: Fields) -> pd.DataFrame:
+    """One row for each thing that the model reads: where it stands, its categories if it has any.
+
+    Returns
+    -------
+    DataFrame
+        Index ``field``; ``place`` in the AnnData; ``n_categories``, of counts the number of
+        genes, missing for numbers; the first ``categories``.
+    """
+    rows = [("counts", str(fields.place), fields.genes)]
+    rows += [(what, f"obs[{key!r}]", known) for what, key, known in _columns(fields)]
+    table = {
+        "place": [place for _, place, _ in rows],
+        "n_categories": pd.array([None if k is None else len(k) for *_, k in rows], dtype="Int64"),
+        "categories": ["" if k is None else listed(k) for *_, k in rows],
+    }
+    return pd.DataFrame(table, index=pd.Index([what for what, *_ in rows], name="field"))
+
+
+def _columns(fields: Fields) -> list[tuple[str, str, np.ndarray | None]]:
+    """What each column of obs is to the model, its key, its categories; None for numbers."""
+    categorical = zip(fields.categorical_covariate_keys, fields.covariate_categories, strict=True)
+    columns = [
+        ("labels", fields.labels_key, fields.classes),
+        ("batch", fields.batch_key, fields.batches),
+        ("size factor", fields.size_factor_key, None),
+        *(("categorical covariate", key, known) for key, known in categorical),
+        *(("continuous covariate", key, None) for key in fields.continuous_covariate_keys),
+    ]
+    return [column for column in columns if column[1]]
+
+
+def _told(key: str, known: np.ndarray | None) -> str:
+    return f"obs[{key!r}]" + ("" if known is None else f" ({len(known)} categories)")
+
+
+def _arguments(arguments: Mapping[str, Any]) -> str:
+    """In one line, whatever they hold."""
+    return ", ".join(f"{k}={' '.join(reprlib.repr(v).split())}" for k, v in arguments.items())
+
+
+def _moving(vae: SCANVAE, freeze: freezing.Freeze) -> str:
+    """How many weights of a query model can be trained."""
+    masks = freezing.trainable(vae, freeze)
+    learned = [masks[name] for name, _ in vae.named_parameters()]
+    moving, all_of_them = sum(int(m.sum()) for m in learned), sum(m.numel() for m in learned)
+    return f"{moving} of {all_of_them} weights can be trained, the others are frozen"

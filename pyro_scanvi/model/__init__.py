@@ -1,0 +1,1 @@
+"""The probabilistic program: factors, model, guide, networks, likelihoods, objective."""

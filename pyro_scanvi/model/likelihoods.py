@@ -1,0 +1,162 @@
+"""The parts of p(x | z, l, y, s) that can be swapped: the gene likelihood and its dispersion.
+
+``GENE_LIKELIHOODS`` and ``DISPERSIONS`` are the only tables from names to such parts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_scanvi.model.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from pyro_scanvi.model.networks import CountDecoder, Head
+
+
+class CountParameters:
+    """What a gene likelihood may read; computed when read, so that unused ones cost nothing.
+
+    Attributes
+    ----------
+    rho
+        Expression of each gene, (..., N, G).
+    mu
+        Mean count, l * rho, (..., N, G).
+    theta
+        Inverse dispersion, broadcastable to `mu`.
+    gate_logits
+        Log odds of a structural zero, (..., N, G).
+    """
+
+    def __init__(
+        self,
+        decoder: CountDecoder,
+        hidden: Tensor,
+        library: Tensor,
+        log_theta: Callable[[], Tensor],
+    ):
+        self._decoder = decoder
+        self._hidden = hidden
+        self._log_theta = log_theta
+        self._library = library
+
+    @cached_property
+    def rho(self) -> Tensor:
+        return self._decoder.expression(self._hidden)
+
+    @cached_property
+    def mu(self) -> Tensor:
+        return self._library * self.rho
+
+    @cached_property
+    def theta(self) -> Tensor:
+        return self._log_theta().exp()
+
+    @cached_property
+    def gate_logits(self) -> Tensor:
+        return self._decoder.gate(self._hidden)
+
+
+@dataclass(frozen=True)
+class GeneLikelihood:
+    """A likelihood of counts, and which parameters it reads beside the mean.
+
+    Parameters
+    ----------
+    distribution
+        From :class:`CountParameters` to a Distribution of batch shape (..., N, G).
+    uses_theta, uses_gate
+        Whether the model owns a dispersion, and a gate, for it.
+    """
+
+    distribution: Callable[[CountParameters], TorchDistribution]
+    uses_theta: bool = True
+    uses_gate: bool = True
+
+
+# Functions, not lambdas: a model can be pickled.
+def _zinb(p: CountParameters) -> TorchDistribution:
+    return ZeroInflatedNegativeBinomial(p.mu, p.theta, p.gate_logits)
+
+
+def _nb(p: CountParameters) -> TorchDistribution:
+    return NegativeBinomial(p.mu, p.theta)
+
+
+def _poisson(p: CountParameters) -> TorchDistribution:
+    return Poisson(p.mu)
+
+
+GENE_LIKELIHOODS = {
+    "zinb": GeneLikelihood(_zinb),
+    "nb": GeneLikelihood(_nb, uses_gate=False),
+    "poisson": GeneLikelihood(_poisson, uses_theta=False, uses_gate=False),
+}
+
+
+class GeneDispersion(nn.Module):
+    """One log theta for each gene."""
+
+    def __init__(self, n_genes: int):
+        super().__init__()
+        self.log_theta = nn.Parameter(torch.randn(n_genes))
+
+    def forward(self, hidden: Tensor, y: Tensor, batch: Tensor) -> Tensor:
+        """Log theta of shape (G,)."""
+        return self.log_theta
+
+
+class GeneBatchDispersion(nn.Module):
+    """One log theta for each gene and biological batch."""
+
+    def __init__(self, n_genes: int, n_batch: int):
+        super().__init__()
+        self.log_theta = nn.Parameter(torch.randn(n_batch, n_genes))
+
+    def forward(self, hidden: Tensor, y: Tensor, batch: Tensor) -> Tensor:
+        """Log theta of the batch of each cell, (N, G)."""
+        return self.log_theta[batch]
+
+
+class GeneLabelDispersion(nn.Module):
+    """One log theta for each gene and label; enumerated with the label of unlabelled cells."""
+
+    def __init__(self, n_genes: int, n_labels: int):
+        super().__init__()
+        self.log_theta = nn.Parameter(torch.randn(n_labels, n_genes))
+
+    def forward(self, hidden: Tensor, y: Tensor, batch: Tensor) -> Tensor:
+        """Log theta of the label of each cell, (..., N, G)."""
+        return y @ self.log_theta
+
+
+class GeneCellDispersion(nn.Module):
+    """One log theta for each gene and cell, decoded from the cell's state."""
+
+    def __init__(self, n_hidden: int, n_genes: int):
+        super().__init__()
+        self.head = Head(n_hidden, n_genes)
+
+    def forward(self, hidden: Tensor, y: Tensor, batch: Tensor) -> Tensor:
+        """Log theta decoded from the hidden units, (..., N, G)."""
+        return self.head(hidden)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The dimensions that the dispersions are made from."""
+
+    n_genes: int
+    n_batch: int
+    n_labels: int
+    n_hidden: int
+
+
+DISPERSIONS: dict[str, Callable[[Sizes], nn.Module]] = {
+    "gene": lambda n: GeneDispersion(n.n_genes),
+    "gene-batch": lambda n: GeneBatchDispersion(n.n_genes, n.n_batch),
+    "gene-label": lambda n: GeneLabelDispersion(n.n_genes, n.n_labels),
+    "gene-cell": lambda n: GeneCellDispersion(n.n_hidden, n.n_genes),
+}

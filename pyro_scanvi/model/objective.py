@@ -1,0 +1,246 @@
+r"""The objective: TraceEnum_ELBO with closed-form KLs, a KL weight and a classification term.
+
+For a minibatch of cells, the loss is
+
+.. math::
+
+    \frac1N \Big[ -\log p(x \mid z, l) + \log q(z \mid x) - \log p(z \mid u, y)
+        + w \big( \mathrm{KL}_u + \mathrm{KL}_y + \mathrm{KL}_l \big) \Big]
+    + r \cdot \mathrm{CE}\big(q(y \mid \mathbb E\, q(z \mid x)),\ y\big)
+
+in nats per cell, with the expectation over an unknown label exact, w the KL weight, r the
+classification ratio, and the cross-entropy averaged over the labelled cells of the minibatch.
+Where cells have weights, each cell's term counts as often as its weight says, in both averages.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from pyro.distributions import OneHotCategorical
+from pyro.infer import TraceEnum_ELBO
+from pyro.infer.traceenum_elbo import _compute_dice_elbo
+from pyro.ops import packed
+from pyro.poutine import Trace
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+from torch.nn.functional import cross_entropy
+
+from pyro_scanvi.data.minibatches import UNLABELED, Cells
+
+SMALLEST_WEIGHT = 1e-30  # a minibatch without labels has no classification term
+
+
+@dataclass(frozen=True)
+class ObjectiveParts:
+    """A loss, and what it is made of. Nats; per cell means shape (N,).
+
+    Attributes
+    ----------
+    loss
+        What is minimised, a scalar per cell of the data set; the only part with a gradient.
+    reconstruction
+        -log p(x | z, l, y, s) of each cell.
+    kl
+        For each latent site its expected log q - log p, unweighted, of each cell.
+    kl_global
+        The same for sites outside the plate of cells, whole.
+    classification
+        Cross-entropy of q(y | E z) at the label of each cell; 0 where there is no label.
+    logits
+        Logits of q(y | E z), (N, L); None without a classifier.
+    """
+
+    loss: Tensor
+    reconstruction: Tensor
+    kl: dict[str, Tensor]
+    kl_global: Tensor
+    classification: Tensor
+    logits: Tensor | None
+
+    def elbo(self) -> Tensor:
+        """Evidence lower bound of each cell at KL weight 1, without global sites, (N,)."""
+        return -self.reconstruction - sum(self.kl.values())
+
+
+class BoundModule(nn.Module):
+    """The objective bound to a model and a guide: ``bound(cells)`` is a differentiable loss.
+
+    It owns no parameters: hand those of the network to an optimiser.
+    """
+
+    def __init__(self, elbo: "SemiSupervisedELBO", model: Callable, guide: Callable):
+        super().__init__()
+        self.elbo, self.model, self.guide = elbo, model, guide
+
+    def forward(self, cells: Cells) -> Tensor:
+        """Loss, a scalar."""
+        return self.parts(cells).loss
+
+    def parts(self, cells: Cells) -> ObjectiveParts:
+        """Loss and its parts."""
+        return self.elbo.parts(self.model, self.guide, cells)
+
+
+class SemiSupervisedELBO(TraceEnum_ELBO):
+    """ELBO with enumerated labels, closed-form KLs, a KL weight, and a classification term.
+
+    Use it as any Pyro loss, ``SVI(vae.model, vae.guide, optim, SemiSupervisedELBO(vae.q_y))``, or
+    in the module form, ``SemiSupervisedELBO(vae.q_y)(vae.model, vae.guide)``.
+
+    Parameters
+    ----------
+    classifier
+        From z to the distribution of the label, :meth:`SCANVAE.q_y`; None leaves the
+        classification term out.
+    classification_ratio
+        Weight r of the cross-entropy against one cell's ELBO.
+    feed_labels
+        True: a labelled cell contributes log p(x, y), the paper's bound (Xu et al. 2021, eq. 5).
+        False: every cell is marginalised over its label, as scvi-tools does.
+    kl_weight
+        Weight w of the KLs of `weighted`; may be changed between steps.
+    closed_form
+        Sites whose KL is taken in closed form where one is known. Only for sites whose prior
+        depends on nothing that their posterior sample feeds.
+    weighted
+        Sites whose KL is weighted by w.
+    """
+
+    def __init__(
+        self,
+        classifier: Callable[[Tensor], OneHotCategorical] | None,
+        classification_ratio: float = 50.0,
+        feed_labels: bool = True,
+        kl_weight: float = 1.0,
+        closed_form: Iterable[str] = ("u", "l"),
+        weighted: Iterable[str] = ("u", "y_unobserved", "y_observed", "l"),
+    ):
+        super().__init__(max_plate_nesting=1)
+        self.classifier = classifier
+        self.classification_ratio = classification_ratio
+        self.feed_labels = feed_labels
+        self.kl_weight = kl_weight
+        self.closed_form = frozenset(closed_form)
+        self.weighted = frozenset(weighted)
+
+    def __call__(self, model: Callable, guide: Callable) -> BoundModule:
+        """Bind to a model and a guide, for use under a torch optimiser."""
+        return BoundModule(self, model, guide)
+
+    def parts(self, model: Callable, guide: Callable, cells: Cells) -> ObjectiveParts:
+        """Run guide and model on a minibatch; the loss and its parts."""
+        seen = cells if self.feed_labels else cells.hide_labels()
+        model_trace, guide_trace = next(self._get_traces(model, guide, (seen,), {}))
+        elbo = _compute_dice_elbo(model_trace, guide_trace) / cells.n_obs
+        logits, wrong = self._classify(guide_trace, cells)
+        weight = _classification_weight(cells)
+        classification = (weight * wrong).sum() / weight.sum().clamp(min=SMALLEST_WEIGHT)
+        loss = self.classification_ratio * classification - elbo
+        with torch.no_grad():
+            costs = _expected_costs(model_trace, guide_trace, len(cells))
+        kl_global = sum(costs.pop("global").values(), torch.zeros(()))
+        local = costs["local"]
+        reconstruction = local.pop("x")
+        return ObjectiveParts(loss, reconstruction, local, kl_global, wrong.detach(), logits)
+
+    def _classify(self, guide_trace: Trace, cells: Cells) -> tuple[Tensor | None, Tensor]:
+        """Logits at the mean of q(z | x), and the cross-entropy of each cell, (N,)."""
+        if self.classifier is None:
+            return None, cells.x.new_zeros(len(cells))
+        logits = self.classifier(guide_trace.nodes["z"]["fn"].mean).logits
+        return logits, cross_entropy(logits, cells.label, ignore_index=UNLABELED, reduction="none")
+
+    def differentiable_loss(self, model, guide, cells: Cells) -> Tensor:
+        """The loss, a scalar with a gradient."""
+        return self.parts(model, guide, cells).loss
+
+    def loss(self, model, guide, cells: Cells) -> float:
+        """The loss as a number."""
+        return self.parts(model, guide, cells).loss.item()
+
+    def loss_and_grads(self, model, guide, cells: Cells) -> float:
+        """The loss as a number, after a backward pass."""
+        loss = self.parts(model, guide, cells).loss
+        loss.backward()
+        return loss.item()
+
+    def _get_trace(self, model, guide, args, kwargs) -> tuple[Trace, Trace]:
+        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        # Their log probability is 0, which Pyro gives in float32 even where the model is float64.
+        for name, site in list(model_trace.nodes.items()):
+            if site.get("infer", {}).get("_deterministic"):
+                model_trace.remove_node(name)
+        for name in self.closed_form.intersection(guide_trace.nodes):
+            _close(model_trace.nodes[name], guide_trace.nodes[name])
+        if self.kl_weight != 1:
+            for name in self.weighted.intersection(model_trace.nodes):
+                _weigh(model_trace.nodes[name], guide_trace.nodes.get(name), self.kl_weight)
+        return model_trace, guide_trace
+
+
+def _classification_weight(cells: Cells) -> Tensor:
+    """Weight of each cell in the classification term, (N,); 0 where there is no label."""
+    counted = cells.labelled if cells.classified is None else cells.labelled & cells.classified
+    return counted.to(cells.x.dtype) if cells.weight is None else counted * cells.weight
+
+
+def _close(p: dict, q: dict) -> None:
+    """Put -KL(q || p) for log p and 0 for log q at a site, if a closed form is known."""
+    try:
+        kl = kl_divergence(q["fn"], p["fn"])
+    except NotImplementedError:
+        return
+    for site, log_prob in ((p, -kl), (q, torch.zeros_like(kl))):
+        site["unscaled_log_prob"] = log_prob
+        _pack(site, log_prob)
+
+
+def _weigh(p: dict, q: dict | None, weight: float) -> None:
+    """Weigh log p - log q at a site, in log p only: log q also carries enumeration's weights."""
+    log_q = 0.0 if q is None else q["unscaled_log_prob"]
+    _pack(p, weight * (p["unscaled_log_prob"] - log_q) + log_q)
+
+
+def _pack(site: dict, log_prob: Tensor) -> None:
+    """Store the log probability of a site, scaled and masked, as TraceEnum_ELBO reads it."""
+    if isinstance(site["mask"], Tensor):
+        log_prob = torch.where(site["mask"], log_prob, torch.zeros_like(log_prob))
+    site["packed"]["log_prob"] = packed.pack(
+        log_prob * site["scale"], site["infer"]["_dim_to_symbol"]
+    )
+
+
+def _expected_costs(model_trace: Trace, guide_trace: Trace, n_cells: int) -> dict[str, dict]:
+    """For each site E_q[log q - log p] (for x, -log p), over all enumerated sites of the guide."""
+    weight = _enumeration_weight(guide_trace)
+    costs: dict[str, dict] = {"local": {}, "global": {}}
+    for name, site in model_trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        cost = -_masked(site)
+        if name in guide_trace.nodes:
+            cost = cost + _masked(guide_trace.nodes[name])
+        if all(plate.name != "cells" for plate in site["cond_indep_stack"]):
+            costs["global"][name] = cost.sum()
+            continue
+        cell = (weight * cost).reshape(-1, n_cells).sum(0)
+        name = name.removesuffix("_unobserved").removesuffix("_observed")
+        costs["local"][name] = costs["local"].get(name, 0.0) + cell
+    return costs
+
+
+def _enumeration_weight(guide_trace: Trace) -> Tensor:
+    """Probability of each combination of enumerated values, (..., N); 1 if there is none."""
+    log_weight = torch.zeros(())
+    for site in guide_trace.nodes.values():
+        if site["type"] == "sample" and site["infer"].get("enumerate"):
+            log_weight = log_weight + site["unscaled_log_prob"]
+    return log_weight.exp()
+
+
+def _masked(site: dict) -> Tensor:
+    log_prob = site["unscaled_log_prob"]
+    if not isinstance(site["mask"], Tensor):
+        return log_prob
+    return torch.where(site["mask"], log_prob, torch.zeros_like(log_prob))

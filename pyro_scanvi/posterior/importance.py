@@ -1,0 +1,208 @@
+r"""Marginal likelihood of cells, and their labels by Bayes' rule, by importance sampling.
+
+The guide proposes, the model weighs. With S draws :math:`z_s, l_s` of :math:`q(z \mid x)\,
+q(l \mid x)`, and for each of them M draws :math:`u_m` of :math:`q(u \mid z_s, y)`,
+
+.. math::
+
+    \hat p(x, y) &= \frac1S \sum_s p(y)\,
+        \frac{p(x \mid z_s, l_s, y)\, p(l_s)}{q(z_s \mid x)\, q(l_s \mid x)}\, \hat p(z_s \mid y),
+    \\
+    \hat p(z \mid y) &= \frac1M \sum_m \frac{p(u_m)\, p(z \mid u_m, y)}{q(u_m \mid z, y)}.
+
+The inner mean is unbiased, so the outer one is too (nested importance sampling; Naesseth et al.
+2015, ICML, arXiv 1502.02536). Its logarithm lies below :math:`\log p(x, y)` in expectation, above
+the ELBO, and rises with S and with M (Burda et al. 2016, ICLR, arXiv 1509.00519, theorem 1).
+
+What is read are the factors ``p_*`` and ``q_*`` of the model. Parameters are taken as they are:
+sites outside the plate of cells, which a model of one's own may have, are not integrated over.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+
+from pyro_scanvi.data.minibatches import CellData, Cells
+from pyro_scanvi.model.scanvae import SCANVAE
+from pyro_scanvi.posterior.draws import evaluating, over_minibatches
+
+N_INNER_SAMPLES = 5
+# Numbers in the largest tensor of a pass, 4 MB in float32; a likelihood makes about 15 such.
+PASS_ELEMENTS = 2**20
+
+
+def marginal_log_likelihood(
+    vae: SCANVAE,
+    data: CellData,
+    batch_size: int,
+    n_samples: int,
+    n_inner_samples: int = N_INNER_SAMPLES,
+    feed_labels: bool = False,
+) -> np.ndarray:
+    r"""Estimate of :math:`\log p(x)` of each cell, (N,), in nats.
+
+    With `feed_labels`, of :math:`\log p(x, y)` where the label y is known.
+    """
+
+    def log_likelihood(cells: Cells, log_p: Tensor) -> Tensor:
+        log_evidence = log_p.logsumexp(-1)
+        if not feed_labels:
+            return log_evidence
+        at_label = log_p.gather(-1, cells.label.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(cells.labelled, at_label, log_evidence)
+
+    return _over_log_joint(vae, data, batch_size, n_samples, n_inner_samples, log_likelihood)
+
+
+def label_posterior(
+    vae: SCANVAE,
+    data: CellData,
+    batch_size: int,
+    n_samples: int,
+    n_inner_samples: int = N_INNER_SAMPLES,
+) -> np.ndarray:
+    r"""Bayes' rule, :math:`p(y \mid x) = p(x, y) / \sum_{y'} p(x, y')` of each cell, (N, L)."""
+
+    def probabilities(cells: Cells, log_p: Tensor) -> Tensor:
+        return log_p.softmax(-1)
+
+    return _over_log_joint(vae, data, batch_size, n_samples, n_inner_samples, probabilities)
+
+
+def log_joint(
+    vae: SCANVAE,
+    cells: Cells,
+    n_samples: int,
+    n_inner_samples: int,
+    n_per_pass: int | None = None,
+) -> Tensor:
+    r"""Estimate of :math:`\log p(x, y)` for every label y of each cell.
+
+    Known labels are not read. The same draws of z and l serve all labels, so their noise mostly
+    cancels in the odds of two labels.
+
+    Parameters
+    ----------
+    vae
+        The model, in eval mode.
+    cells
+        A minibatch.
+    n_samples, n_inner_samples
+        Draws of z and l for each cell, S, and of u for each of them and each label, M.
+    n_per_pass
+        Draws of z to work on at a time, which bounds memory; None chooses.
+
+    Returns
+    -------
+    Tensor
+        (N, L) in nats, float64: sums over thousands of genes lose digits in float32.
+    """
+    y = _every_label(vae, len(cells))  # L, 1, N, L
+    if n_per_pass is None:
+        n_per_pass = max(1, PASS_ELEMENTS // _numbers_per_draw(vae, cells, n_inner_samples))
+    log_p_y = _log_prob(vae.p_y(), y)  # L, 1, N
+    log_sum = torch.full((), -math.inf, dtype=torch.float64, device=y.device)
+    for z, library, log_weight in _proposals(vae, cells, n_samples, n_per_pass):
+        log_p_x = _log_prob(vae.p_x(z, library, y, cells), cells.x)  # S, N, or L, S, N
+        log_p_z = log_state_density(vae, z, y, n_inner_samples)  # L, S, N
+        log_p = log_p_y + log_weight + log_p_x + log_p_z
+        log_sum = torch.logaddexp(log_sum, log_p.logsumexp(-2))  # L, N
+    return (log_sum - math.log(n_samples)).T
+
+
+def log_state_density(vae: SCANVAE, z: Tensor, y: Tensor, n_samples: int) -> Tensor:
+    r"""Log of an unbiased estimate of :math:`p(z \mid y) = \int p(u)\, p(z \mid u, y)\, du`.
+
+    Parameters
+    ----------
+    vae
+        The model, in eval mode.
+    z, y
+        Cell states (S, N, K), and labels as one-hot (L, 1, N, L).
+    n_samples
+        Draws of u, M.
+
+    Returns
+    -------
+    Tensor
+        (L, S, N) in nats, float64.
+    """
+    y = y.unsqueeze(1)  # L, 1, 1, N, L
+    q_u = vae.q_u(z, y)
+    shape = torch.broadcast_shapes(q_u.batch_shape, (n_samples, *z.shape[:-1]))
+    q_u = q_u.expand(shape)
+    u = q_u.sample()  # L, M, S, N, K
+    log_ratio = _log_prob(vae.p_u(), u) + _log_prob(vae.p_z(u, y), z) - _log_prob(q_u, u)
+    return log_ratio.logsumexp(-3) - math.log(n_samples)
+
+
+def _proposals(
+    vae: SCANVAE, cells: Cells, n_samples: int, n_per_pass: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each pass z (S, N, K), l, and log p(l) - log q(l | x) - log q(z | x), (S, N)."""
+    q_z, library = vae.q_z(cells), vae.observed_library(cells)
+    latent = (vae.p_l(cells), vae.q_l(cells)) if library is None else None
+    for start in range(0, n_samples, n_per_pass):
+        shape = (min(n_per_pass, n_samples - start),)
+        z = q_z.sample(shape)
+        log_weight = -_log_prob(q_z, z)
+        if latent is not None:
+            p_l, q_l = latent
+            library = q_l.sample(shape)
+            log_weight = log_weight + _log_prob(p_l, library) - _log_prob(q_l, library)
+        yield z, library, log_weight
+
+
+def _every_label(vae: SCANVAE, n_cells: int) -> Tensor:
+    """All labels as one-hot, for each cell, (L, 1, N, L); the second dimension is for draws."""
+    one_hots = torch.eye(vae.n_labels, dtype=vae.y_prior.dtype, device=vae.y_prior.device)
+    return one_hots[:, None, None].expand(-1, 1, n_cells, -1)
+
+
+def _over_log_joint(
+    vae: SCANVAE,
+    data: CellData,
+    batch_size: int,
+    n_samples: int,
+    n_inner_samples: int,
+    answer: Callable[[Cells, Tensor], Tensor],
+) -> np.ndarray:
+    """What `answer` makes of the log joints of each minibatch, joined."""
+
+    def ask(cells: Cells) -> Tensor:
+        return answer(cells, log_joint(vae, cells, n_samples, n_inner_samples))
+
+    batch_size = min(batch_size, _cells_per_pass(vae, data, n_inner_samples))
+    return over_minibatches(vae, data, batch_size, ask)
+
+
+def _cells_per_pass(vae: SCANVAE, data: CellData, n_inner_samples: int) -> int:
+    """How many cells keep the tensors of one draw of z within `PASS_ELEMENTS`."""
+    with evaluating(vae):
+        cell = data[np.arange(1)].to(vae.y_prior.device)
+        return max(1, PASS_ELEMENTS // _numbers_per_draw(vae, cell, n_inner_samples))
+
+
+def _numbers_per_draw(vae: SCANVAE, cells: Cells, n_inner_samples: int) -> int:
+    """Size of the largest tensor of one draw of z for each cell."""
+    z = vae.y_prior.new_zeros(1, len(cells), vae.n_latent)
+    p_x = vae.p_x(z, torch.ones_like(z[..., :1]), _every_label(vae, len(cells)), cells)
+    # The batch shape has L times the cells where p(x) depends on the label.
+    counts = p_x.batch_shape.numel() * vae.n_input
+    return max(counts, len(cells) * vae.n_labels * n_inner_samples * vae.n_hidden)
+
+
+def _log_prob(distribution: Distribution, value: Tensor) -> Tensor:
+    """Log probability of events, summed over their dimensions in float64."""
+    event_dims = 0
+    while isinstance(distribution, Independent):
+        event_dims += distribution.reinterpreted_batch_ndims
+        distribution = distribution.base_dist
+    log_prob = distribution.log_prob(value)
+    if not event_dims:
+        return log_prob.double()
+    return log_prob.sum(tuple(range(-event_dims, 0)), dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""The names, weights and saves of scvi-tools, as dicts and files."""

@@ -1,0 +1,144 @@
+"""A trained model as a folder: weights as safetensors, all else as JSON. Nothing is pickled.
+
+``model.json`` holds the SHA-256 of the weights and of itself, so that a damaged folder is an error
+and never a model that is silently wrong.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from pyro_scanvi.storage.files import (
+    check_folder,
+    check_makeable,
+    disk_errors,
+    exists,
+    making_parents,
+    replacing_folder,
+)
+from pyro_scanvi.storage.stores import read_anndata, write_anndata
+from pyro_scanvi.validation import InputError
+
+FORMAT = 1
+WEIGHTS, RECORD, CELLS = "weights.safetensors", "model.json", "cells.h5ad"
+
+
+def check_target(directory: Path, overwrite: bool) -> None:
+    """Refuse a folder that exists, unless it is a saved model and may be replaced."""
+    check_makeable(directory.parent)
+    if not exists(directory):
+        return
+    if not overwrite:
+        raise InputError(f"{directory} exists; save elsewhere or with overwrite=True")
+    if not (directory / RECORD).is_file():
+        raise InputError(f"{directory} exists and holds no saved model; it is not overwritten")
+    check_folder(directory)
+
+
+def write_model(
+    directory: Path,
+    state: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    adata: AnnData | None = None,
+) -> None:
+    """Write a folder whole or not at all, and those above it; an old one is replaced at the end."""
+    weights = save_safetensors({k: v.detach().cpu().contiguous() for k, v in state.items()})
+    record = {"format": FORMAT, "weights_sha256": _digest(weights), **record}
+    record["record_sha256"] = _digest(_canonical(record))
+    with disk_errors(directory), making_parents(directory), replacing_folder(directory) as fresh:
+        (fresh / WEIGHTS).write_bytes(weights)
+        (fresh / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if adata is not None:
+            write_anndata(adata, fresh / CELLS)
+
+
+def read_model(
+    directory: Path, with_anndata: bool
+) -> tuple[dict[str, Tensor], dict[str, Any], AnnData | None]:
+    """Weights, record and, where asked for, AnnData of a folder that :func:`write_model` wrote.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or damaged, or was written by a later version.
+    """
+    for name in (RECORD, WEIGHTS):
+        if not (directory / name).is_file():
+            theirs = any(directory.glob("*model.pt"))
+            hint = "; SCANVI.load_scvi_tools(folder, adata) opens those of scvi-tools"
+            raise InputError(
+                f"{directory} holds no saved model: there is no {name}{hint if theirs else ''}"
+            )
+    if with_anndata and not (directory / CELLS).is_file():
+        raise InputError(f"{directory} was saved without its cells; give them: load(dir, adata)")
+    record = _read_record(directory / RECORD)
+    weights = (directory / WEIGHTS).read_bytes()
+    if _digest(weights) != record["weights_sha256"]:
+        raise InputError(
+            f"{directory / WEIGHTS} is damaged: its checksum is not that of the record"
+        )
+    return (
+        load_safetensors(weights),
+        record,
+        read_anndata(directory / CELLS) if with_anndata else None,
+    )
+
+
+def check_class(record: Mapping[str, Any], module_class: type) -> None:
+    """Refuse to put weights into another class than they were saved from."""
+    saved = record.get("module_class", "SCANVAE")  # not in old records
+    if saved != module_class.__qualname__:
+        raise InputError(
+            f"the model was saved from a {saved}, not a {module_class.__qualname__}; open it with "
+            f"SCANVI.load(..., module_class={saved.rpartition('.')[-1]})"
+        )
+
+
+def plain(value: Any, name: str) -> Any:
+    """A value as JSON holds it; InputError for what JSON cannot hold, such as a callable."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, f"{name}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v, name) for v in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise InputError(
+        f"{name} is a {type(value).__name__}, which is not saved; keep model.module.state_dict() "
+        "and make the model anew with it"
+    )
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+        digest = record.pop("record_sha256")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if _digest(_canonical(record)) != digest:
+        raise InputError(f"{path} is damaged: its checksum is not its own")
+    if record["format"] > FORMAT:
+        raise InputError(
+            f"{path} has format {record['format']}, written by pyro_scanvi {record['version']}; "
+            f"this version reads up to {FORMAT}: update pyro_scanvi"
+        )
+    return record
+
+
+def _canonical(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

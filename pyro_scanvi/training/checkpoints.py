@@ -1,0 +1,169 @@
+"""Checkpoints of a training run: written whole, read without executing a pickle, resumed exactly.
+
+A checkpoint is Lightning's own (weights, optimiser, schedules, loops, callbacks) and, under
+``KEY``, what else an epoch depends on: random state, history, phase, and who may resume it.
+"""
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from pyro_scanvi.data.minibatches import CellData, total_counts
+from pyro_scanvi.storage.files import Unfailing, check_makeable, disk_errors, replacing, user_path
+from pyro_scanvi.validation import InputError
+
+KEY = "pyro_scanvi"
+LAST = "last.ckpt"
+PREFIX = "vae."  # of the model's tensors in a checkpoint
+MENDS = {"threads": " (torch.set_num_threads sets it)"}  # what is no argument of train
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there, so that a kill leaves the last."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options=None) -> None:
+        """Write one; its folder is made if it is not there."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(path), replacing(path) as temporary, Unfailing(temporary) as file:
+            torch.save(checkpoint, file)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps the checkpoint of the last epoch that ended."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / LAST
+
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule
+    ) -> None:
+        """Lightning calls this after all other callbacks and the module."""
+        if trainer.is_last_batch:  # not where Ctrl-C or a limit of steps cut the epoch short
+            trainer.save_checkpoint(self.path)
+
+
+def find(ckpt_path: str | Path | None, folder: str | Path | None) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start; the folder for new ones can be made.
+
+    Parameters
+    ----------
+    ckpt_path
+        A file; "last" for the one in `folder`, if there is one; None for a fresh start.
+    folder
+        Where this run keeps its own; None if nowhere.
+
+    Raises
+    ------
+    InputError
+        If a fresh start would replace a checkpoint, "last" has no folder to look in, or the folder
+        cannot be made. It is made with the first checkpoint.
+    """
+    if folder is not None:
+        check_makeable(user_path(folder))
+    last = None if folder is None else user_path(folder) / LAST
+    if ckpt_path == "last" and last is None:
+        raise InputError("ckpt_path='last' needs checkpoint_dir, where the last one is looked for")
+    if ckpt_path == "last":
+        return last if last.is_file() else None
+    if ckpt_path is None and last is not None and last.is_file():
+        raise InputError(
+            f"{last} is there, and a fresh start would replace it; go on from it with "
+            "ckpt_path='last', or choose another checkpoint_dir"
+        )
+    return None if ckpt_path is None else user_path(ckpt_path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint of :class:`LastCheckpoint`; InputError if it is damaged or something else."""
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}; expected the {LAST} of a checkpoint_dir")
+    try:
+        _check_whole(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint[KEY]["identity"]
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    except (pickle.UnpicklingError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no checkpoint of pyro_scanvi: {error}") from error
+    return checkpoint
+
+
+def check_epochs(checkpoint: Mapping[str, Any], max_epochs: int) -> None:
+    """Refuse to go on from a checkpoint that lies behind the end."""
+    done = checkpoint["epoch"] + 1
+    if checkpoint[KEY]["phase"] == "train" and done > max_epochs:
+        raise InputError(
+            f"max_epochs={max_epochs}, but the checkpoint was written after {done} epochs; ask for "
+            "as many or more"
+        )
+
+
+def check_resumable(
+    checkpoint: Mapping[str, Any], identity: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    """Refuse a checkpoint of other settings, other data or another model; says which differ."""
+    before = checkpoint[KEY]["identity"]
+    differ = [
+        f"{name} was {before.get(name)!r}, is {identity.get(name)!r}{MENDS.get(name, '')}"
+        for name in sorted({*before, *identity})
+        if before.get(name) != identity.get(name)
+    ]
+    weights = checkpoint["state_dict"]
+    saved = {k.removeprefix(PREFIX): v for k, v in weights.items() if k.startswith(PREFIX)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    differ += [
+        f"weight {name} was {shapes.get(name)}, is {tuple(tensor.shape)}"
+        for name, tensor in state.items()
+        if shapes.get(name) != tuple(tensor.shape)
+    ]
+    if differ:
+        raise InputError(
+            f"the checkpoint is of another training run: {'; '.join(differ[:5])}; make the model "
+            "and call train with the arguments that it was started with"
+        )
+
+
+def digest(data: CellData) -> str:
+    """Fingerprint of the data: totals of cells and genes, and all else whole."""
+    parts = dict(zip(("cells", "genes"), total_counts(data.counts), strict=True))
+    parts |= {f.name: getattr(data, f.name) for f in fields(data) if f.name != "counts"}
+    hashed = hashlib.sha256()
+    for name, part in parts.items():
+        if part is None:
+            continue
+        hashed.update(name.encode())
+        hashed.update(np.ascontiguousarray(part, dtype=np.float64).tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Go on with what :func:`random_state` found."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _check_whole(path: Path) -> None:
+    """torch does not look at the checksums of the archive that it writes."""
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"the checksum of {broken} is wrong")

@@ -1,0 +1,174 @@
+"""What to say when a loss or a gradient is not finite: where, in which cells and genes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent
+
+from pyro_scanvi.data.minibatches import Cells
+
+NAMES_SHOWN = 5
+
+
+@dataclass
+class Fault:
+    """What is not finite at a site, and the cells and genes (or latent dimensions) that it hits.
+
+    Attributes
+    ----------
+    site
+        Of the model or the guide; empty if none was found.
+    what
+        "log probability", or the distribution's parameter, or the gradient of one of the two.
+    cells, columns
+        Positions along the cells and the event of the site.
+    """
+
+    site: str = ""
+    what: str = "log probability"
+    cells: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=int))
+    columns: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=int))
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient is not finite; the last weights for which both were are kept.
+
+    Attributes
+    ----------
+    quantity
+        "loss" or "gradient".
+    epoch
+        Counted from 0.
+    fault
+        Where; its cells are positions in the data.
+    parameters
+        Names of the parameters whose gradient is not finite.
+    held_out
+        Whether it was found in a minibatch of held-out cells.
+    """
+
+    def __init__(
+        self,
+        quantity: str,
+        epoch: int,
+        fault: Fault,
+        parameters: Sequence[str] = (),
+        held_out: bool = False,
+    ):
+        super().__init__(quantity, epoch, fault, parameters, held_out)
+        self.quantity, self.epoch, self.fault = quantity, epoch, fault
+        self.parameters, self.held_out = tuple(parameters), held_out
+        self.cell_names = self.gene_names = None
+
+    def name(self, cells: np.ndarray, genes: np.ndarray) -> None:
+        """Give the cells and genes their names."""
+        self.cell_names, self.gene_names = cells, genes
+
+    def __str__(self) -> str:
+        fault = self.fault
+        said = [f"the {self.quantity} is not finite in epoch {self.epoch + 1}"]
+        if fault.site:
+            said.append(f"first at site {fault.site!r}, {fault.what}")
+        said.append(_listed("cells", fault.cells, self.cell_names))
+        of_genes = fault.site == "x"
+        kind, names = ("genes", self.gene_names) if of_genes else ("dimensions", None)
+        said.append(_listed(kind, fault.columns, names))
+        said.append(_listed("parameters", self.parameters, None))
+        said = ", ".join(filter(None, said))
+        return (
+            f"{said}. The last weights with a finite loss and gradient are kept. Look at these "
+            "cells, or train with a smaller lr or with gradient_clip_norm (both in plan_kwargs)"
+        )
+
+
+def first_fault(model: Callable, guide: Callable, cells: Cells) -> Fault:
+    """The first site of guide and model where something is not finite; an empty one if none.
+
+    In turn the distribution's parameters, the log probability, and its gradients by the parameters.
+    """
+    finder = _Finder()
+    try:
+        with pyro.validation_enabled(False), torch.enable_grad(), finder:
+            guide_trace = poutine.trace(guide).get_trace(cells)
+            poutine.replay(model, guide_trace)(cells)
+    except _Found:
+        pass
+    return finder.fault
+
+
+def bad_gradients(module: nn.Module) -> list[str]:
+    """Names of the parameters whose gradient is not finite."""
+    named = ((n, p.grad) for n, p in module.named_parameters() if p.grad is not None)
+    return [name for name, gradient in named if not gradient.isfinite().all()]
+
+
+class _Found(Exception):
+    """There is no need to look further."""
+
+
+class _Finder(Messenger):
+    """Looks at each site as it is sampled; before, because few distributions sample from NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.fault = Fault()
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if isinstance(msg["fn"], Distribution):
+            for name, parameter in _parameters(_elementwise(msg["fn"])).items():
+                self._look(msg["name"], name, parameter)
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        if not isinstance(msg["fn"], Distribution):  # a plate
+            return
+        fn = _elementwise(msg["fn"])
+        log_prob = fn.log_prob(msg["value"])
+        self._look(msg["name"], "log probability", log_prob)
+        parameters = {k: v for k, v in _parameters(fn).items() if v.requires_grad}
+        if not (parameters and log_prob.requires_grad):
+            return
+        gradients = torch.autograd.grad(
+            log_prob.sum(), list(parameters.values()), retain_graph=True, allow_unused=True
+        )
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                self._look(msg["name"], f"gradient of the log probability by {name}", gradient)
+
+    def _look(self, site: str, what: str, values: Tensor) -> None:
+        bad = ~values.detach().isfinite()
+        if not bad.any():
+            return
+        bad = bad.reshape(-1, *bad.shape[-2:]) if bad.dim() > 1 else bad.reshape(1, 1, -1)
+        cells, columns = bad.any(0).any(1), bad.any(0).any(0)
+        shared = len(cells) == 1  # by all cells
+        cells = np.empty(0, dtype=int) if shared else np.flatnonzero(cells.cpu())
+        self.fault = Fault(site, what, cells, np.flatnonzero(columns.cpu()))
+        raise _Found
+
+
+def _elementwise(distribution: Distribution) -> Distribution:
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _parameters(distribution: Distribution) -> dict[str, Tensor]:
+    """The tensors that a distribution was made with."""
+    known = vars(distribution)
+    named = {name: known.get(name) for name in distribution.arg_constraints}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def _listed(kind: str, positions: Sequence, names: np.ndarray | None) -> str:
+    """ "3 cells (a, b, c)"; empty without any."""
+    if not len(positions):
+        return ""
+    shown = [i if names is None else names[i] for i in positions[:NAMES_SHOWN]]
+    more = ", ..." if len(positions) > NAMES_SHOWN else ""
+    return f"{len(positions)} {kind} ({', '.join(map(str, shown))}{more})"
