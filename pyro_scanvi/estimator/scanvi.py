@@ -163,7 +163,7 @@ class SCANVI(metaclass=scvi_names.Names):
             raise InputError(
                 f"{directory} holds a {save.model_name}; start from it with from_scvi_model"
             )
-        Fields.from_scvi_save(save).store(adata)
+        Fields(**save.fields()).store(adata)
         arguments = save.arguments()
         model = cls(adata, seed=seed, **_explicit(arguments))
         model.module = SCANVAE.from_scvi_tools(save.state_dict, **arguments)
@@ -205,7 +205,7 @@ class SCANVI(metaclass=scvi_names.Names):
         save = scvi_interface.read_scvi_save(directory, prefix)
         if save.model_name != "SCVI":
             raise InputError(f"{directory} holds a {save.model_name}; open it with load_scvi_tools")
-        Fields.from_scvi_save(save).labelled_by(adata, labels_key, unlabeled_category).store(adata)
+        Fields(**save.fields()).labelled_by(adata, labels_key, unlabeled_category).store(adata)
         model = cls(adata, seed=seed, **_explicit(save.arguments()))
         shared = scvi_interface.shared_state(model.module, save.state_dict)
         model.module.load_state_dict(shared, strict=False)

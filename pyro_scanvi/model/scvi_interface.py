@@ -524,6 +524,20 @@ class ScviSave:
         }
         return scanvae_arguments(self.init_params | sizes, self.state_dict)
 
+    def fields(self) -> dict[str, Any]:
+        """Arguments of :class:`~pyro_scanvi.data.fields.Fields`: columns and categories."""
+        keys = ("labels_key", "layer", "batch_key", "size_factor_key")
+        return {
+            **{key: self.setup_args.get(key) or "" for key in keys},
+            "unlabeled_category": self.unlabeled_category,
+            "categorical_covariate_keys": tuple(self.covariate_categories),
+            "continuous_covariate_keys": tuple(self.continuous_covariates),
+            "classes": np.array(self.classes),
+            "batches": np.array(self.batches),
+            "covariate_categories": tuple(map(np.array, self.covariate_categories.values())),
+            "genes": self.var_names,
+        }
+
 
 def read_scvi_save(
     directory: str | Path, prefix: str = "", allow: Mapping[str, Any] | None = None
