@@ -171,9 +171,9 @@ def library_priors(
     }
 
 
-def check_one_size(use_size_factor_key: bool, use_observed_lib_size: bool) -> None:
+def check_one_size(size_factor: bool, observed: bool) -> None:
     """Refuse to be given the size of a cell and to infer it."""
-    if use_size_factor_key and not use_observed_lib_size:
+    if size_factor and not observed:
         raise ValueError(
             "use_size_factor_key=True gives the size of each cell, use_observed_lib_size=False "
             "infers it; choose one"

@@ -41,9 +41,9 @@ from pyro_scanvi.model.construction import (
 from pyro_scanvi.model.likelihoods import (
     DISPERSIONS,
     CountParameters,
-    GeneLabelDispersion,
     GeneLikelihood,
     Sizes,
+    reads_label,
 )
 from pyro_scanvi.model.networks import CountDecoder, NormalNetwork
 from pyro_scanvi.model.pyro_internals import announce
@@ -165,7 +165,6 @@ class SCANVAE(PiecewiseInterface):
         super().__init__()
         validation.check_arguments(SCANVAE, unknown)
         validation.check_at_least(1, n_latent=n_latent)
-        check_one_size(use_size_factor_key, use_observed_lib_size)
         categories = tuple(n_cats_per_cov or ())
         sizes = DataSizes(n_input, n_batch, n_labels, n_continuous_cov, categories)
         layers = Layers(n_hidden, n_layers, dropout_rate, use_batch_norm, use_layer_norm)
@@ -174,14 +173,10 @@ class SCANVAE(PiecewiseInterface):
         self.n_hidden, self.n_latent, self.n_layers = n_hidden, n_latent, n_layers
         self.dropout_rate, self.deep = dropout_rate, deeply_inject_covariates
         self.log_variational, self.encode_covariates = log_variational, encode_covariates
-        self.use_size_factor_key = use_size_factor_key
-        self.latent_library = not (use_observed_lib_size or use_size_factor_key)
-        priors = library_priors(
-            self.latent_library, self.n_batch, library_log_means, library_log_vars
+        self._set_library(
+            use_observed_lib_size, use_size_factor_key, library_log_means, library_log_vars
         )
-        priors["y_prior"] = validation.checked_label_prior(y_prior, n_labels)
-        for name, prior in priors.items():
-            self.register_buffer(name, prior)
+        self.register_buffer("y_prior", validation.checked_label_prior(y_prior, n_labels))
         self.state = latent_transform(latent_distribution)
         self.covariates = covariate_encoder(sizes, batch_representation, batch_embedding_kwargs)
         self._build_encoders(layers, var_activation or torch.exp, extra_encoder_kwargs)
@@ -190,6 +185,14 @@ class SCANVAE(PiecewiseInterface):
             layers, n_latent, n_labels, classifier_parameters, linear_classifier, groups
         )
         self._build_decoders(layers, gene_likelihood, dispersion, extra_decoder_kwargs)
+
+    def _set_library(self, observed: bool, size_factor: bool, means: Any, variances: Any) -> None:
+        check_one_size(size_factor, observed)
+        self.use_size_factor_key = size_factor
+        self.latent_library = not (observed or size_factor)
+        priors = library_priors(self.latent_library, self.n_batch, means, variances)
+        for name, prior in priors.items():
+            self.register_buffer(name, prior)
 
     def _build_encoders(
         self, layers: Layers, var_activation: Callable, extra: Mapping[str, Any] | None
@@ -333,7 +336,7 @@ class SCANVAE(PiecewiseInterface):
     @property
     def reads_label(self) -> bool:
         """Whether p(x | z, l, y, s, c) depends on the label, by its dispersion."""
-        return isinstance(getattr(self, "dispersion", None), GeneLabelDispersion)
+        return reads_label(getattr(self, "dispersion", None))
 
     def one_hot_labels(self, cells: Cells) -> Tensor:
         """Known labels as one-hot, (N, L); what stands for an unknown one is not to be read."""

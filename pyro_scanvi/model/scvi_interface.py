@@ -353,11 +353,13 @@ class PiecewiseInterface(nn.Module):
         ValueError
             If scvi-tools has no place for a part of this model.
         """
+        state = scvi_state(self.state_dict())
         if self.reads_label:
             raise InputError(
-                "the dispersion belongs to a label; SCANVAE of scvi-tools cannot hold that"
+                "the dispersion belongs to a label; SCANVAE of scvi-tools cannot hold that. (If it "
+                "is one of your own that does not, say so: reads_label = False)"
             )
-        return scvi_state(self.state_dict())
+        return state
 
     def cells(
         self,
