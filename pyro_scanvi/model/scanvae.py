@@ -120,6 +120,28 @@ class SCANVAE(PiecewiseInterface):
         For an unknown argument; the error names the nearest.
     ValueError
         For a wrong size, value or combination.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pyro_scanvi import SCANVAE, Cells, SemiSupervisedELBO
+    >>> vae = SCANVAE(n_input=5, n_labels=2, n_hidden=4, n_latent=2)
+    >>> label = torch.tensor([0, 1, -1, -1, -1, -1])  # -1 is not known
+    >>> cells = Cells.from_counts(torch.ones(6, 5), label=label)
+    >>> objective = SemiSupervisedELBO(vae.q_y)(vae.model, vae.guide)
+    >>> objective(cells).backward()
+    >>> vae.classify(cells.x).softmax(-1).shape
+    torch.Size([6, 2])
+
+    Another prior of u, and nothing else:
+
+    >>> from pyro.distributions import StudentT
+    >>> class HeavyTailed(SCANVAE):
+    ...     def p_u(self):
+    ...         zero = self.y_prior.new_zeros(self.n_latent)
+    ...         return StudentT(4.0, zero, zero + 1).to_event(1)
+    >>> HeavyTailed(n_input=5, n_labels=2, n_latent=2).p_u().base_dist.df
+    tensor([4., 4.])
     """
 
     library_log_means: Tensor  # of a latent library
