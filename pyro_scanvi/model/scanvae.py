@@ -31,6 +31,15 @@ from torch.nn.functional import one_hot
 
 from pyro_scanvi import validation
 from pyro_scanvi.data.minibatches import Cells
+from pyro_scanvi.model.growth import (
+    ByBatch,
+    ByCovariates,
+    ByLabel,
+    Growth,
+    from_the_data,
+    label_prior,
+    told,
+)
 from pyro_scanvi.model.likelihoods import (
     DISPERSIONS,
     GENE_LIKELIHOODS,
@@ -317,6 +326,28 @@ class SCANVAE(nn.Module):
                 shown = parameter.detach()
                 shown.unconstrained = lambda parameter=parameter: parameter
                 effectful(lambda shown=shown: shown, type="param")(name=f"scanvae.{name}")
+
+    def growth(self) -> dict[str, Growth]:
+        """How parameters and buffers grow with new labels, batches and categories.
+
+        By the name of a tensor, or of a part whose tensors grow alike. What follows from where a
+        part stands is said here; a module that knows better, such as a dispersion, has a method
+        ``growth()`` of its own. For a parameter of one's own add to it:
+        ``return super().growth() | {"log_pi": ByLabel(dim=0)}``.
+        """
+        covariates, labels = ByCovariates(dim=1), ByLabel(dim=1)  # inputs of the linear layers
+        return {
+            "z_encoder": covariates,
+            "l_encoder": covariates,
+            "x_decoder": covariates,
+            "u_encoder": labels,
+            "z_decoder": labels,
+            "classifier": ByLabel(dim=0),
+            "y_prior": ByLabel(dim=0, start=label_prior),
+            "library_log_means": ByBatch(dim=0, start=from_the_data),
+            "library_log_vars": ByBatch(dim=0, start=from_the_data),
+            **told(self),
+        }
 
     # ---- the interface of scvi-tools' SCANVAE -----------------------------------------------
 
