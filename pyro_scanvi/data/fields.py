@@ -1,7 +1,8 @@
 """From an AnnData to arrays: which columns mean what, their categories, and checks at the door."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -157,10 +158,20 @@ class Fields:
         classes = find_classes(adata, labels_key, unlabeled)
         return replace(self, labels_key=labels_key, unlabeled_category=unlabeled, classes=classes)
 
-    def store(self, adata: ad.AnnData) -> None:
-        """Note these fields in ``adata.uns``, after a check that they can read it."""
-        self.encode(adata)
+    @contextmanager
+    def noted(self, adata: ad.AnnData) -> Iterator[None]:
+        """Note these fields in ``adata.uns``; if what is done with them fails, take them back."""
+        check_names(adata)
+        before = adata.uns.get(UNS_KEY)
         self.note(adata)
+        try:
+            yield
+        except BaseException:
+            if before is None:
+                del adata.uns[UNS_KEY]
+            else:
+                adata.uns[UNS_KEY] = before
+            raise
 
     def note(self, adata: ad.AnnData) -> None:
         """Note these fields in ``adata.uns``; they have been found in it."""

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger
 from pyro_scanvi.data.fields import UNS_KEY, WRITTEN, Fields, weights_of
 from pyro_scanvi.data.minibatches import CellData, library_prior, split
 from pyro_scanvi.estimator import summary
+from pyro_scanvi.estimator.saved import Saved
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.names import first
 from pyro_scanvi.posterior import asking
@@ -164,9 +165,9 @@ class SCANVI(metaclass=scvi_names.Names):
             raise InputError(
                 f"{directory} holds a {save.model_name}; start from it with from_scvi_model"
             )
-        Fields(**save.fields()).store(adata)
         arguments = save.arguments()
-        model = cls(adata, seed=seed, **_explicit(arguments))
+        with Fields(**save.fields()).noted(adata):
+            model = cls(adata, seed=seed, **_explicit(arguments))
         model.module = SCANVAE.from_scvi_tools(save.state_dict, **arguments)
         model.is_trained = True
         return model
@@ -206,8 +207,9 @@ class SCANVI(metaclass=scvi_names.Names):
         save = read_save(directory, prefix)
         if save.model_name != "SCVI":
             raise InputError(f"{directory} holds a {save.model_name}; open it with load_scvi_tools")
-        Fields(**save.fields()).labelled_by(adata, labels_key, unlabeled_category).store(adata)
-        model = cls(adata, seed=seed, **_explicit(save.arguments()))
+        fields = Fields(**save.fields()).labelled_by(adata, labels_key, unlabeled_category)
+        with fields.noted(adata):
+            model = cls(adata, seed=seed, **_explicit(save.arguments()))
         shared = shared_state(model.module.state_dict(), save.state_dict)
         model.module.load_state_dict(shared, strict=False)
         return model
@@ -559,7 +561,7 @@ class SCANVI(metaclass=scvi_names.Names):
         UserWarning
             If fewer than 80 % of the reference's genes are there.
         """
-        fields = _as_reference(reference).fields
+        fields = _fields_of(reference)
         if return_reference_var_names:
             return pd.Index(fields.genes)
         return query.prepare(adata, fields)
@@ -581,6 +583,7 @@ class SCANVI(metaclass=scvi_names.Names):
         extend_labels: Iterable[str] = (),
         extend_categories: bool = True,
         seed: int | None = None,
+        module_class: type[SCANVAE] = SCANVAE,
     ) -> "SCANVI":
         """A model of new cells that holds the weights of a trained reference (scArches).
 
@@ -639,13 +642,17 @@ class SCANVI(metaclass=scvi_names.Names):
             False: an unseen batch or category is an error.
         seed
             Of later training; None is that of the reference.
+        module_class
+            The class that a saved reference was made with, as in :meth:`load`; a model knows its
+            own.
 
         Raises
         ------
         InputError
             If the reference is none, genes or columns are missing, labels are unknown and not
             among `extend_labels` or those clash with known ones, the labels have groups while
-            some are new, or a parameter of one's own depends on the number of categories.
+            some are new, or a parameter of one's own depends on the number of categories and
+            ``growth()`` of its class does not say how.
 
         Warns
         -----
@@ -656,7 +663,7 @@ class SCANVI(metaclass=scvi_names.Names):
         ----------
         Lotfollahi et al. (2022), Nat Biotechnol 40:121.
         """
-        source = _as_reference(reference)
+        source = _as_reference(reference, module_class)
         seed = source.seed if seed is None else seed
         check_seed(seed)
         check_flags(extend_categories=extend_categories)
@@ -672,9 +679,9 @@ class SCANVI(metaclass=scvi_names.Names):
         fields = query.extended(source.fields, adata, extend_labels, extend_categories)
         arguments = source.grown_arguments(len(fields.classes))
         freezing.Freeze(new={}, **flags)  # checks them before the AnnData is touched
-        fields.store(adata)
-        model = cls(adata, seed, type(source.vae), **_explicit(arguments))
-        growing.grow(source.vae, model.module)
+        with fields.noted(adata):
+            model = cls(adata, seed, type(source.vae), **_explicit(arguments))
+            growing.grow(source.vae, model.module)
         model.is_trained = source.is_trained
         model.freeze = freezing.frozen(source.vae, model.module, **flags)
         return model
@@ -702,7 +709,7 @@ class SCANVI(metaclass=scvi_names.Names):
         InputError
             If this model did not grow out of the reference.
         """
-        source = _as_reference(reference)
+        source = _as_reference(reference, type(self.module))
         query.check_grown(source.fields, self.fields)
         return pd.DataFrame(freezing.state_diff(self.module, source.vae, self.freeze))
 
@@ -813,18 +820,16 @@ class SCANVI(metaclass=scvi_names.Names):
             If the folder is damaged, holds no AnnData while none is given, or the AnnData differs
             from what the model knows; it says in what. If `module_class` has another name.
         """
-        state, record, saved = models.read_model(user_path(directory), with_anndata=adata is None)
-        models.check_class(record, module_class)
-        adata = saved if adata is None else adata
-        Fields.from_json(record["fields"]).store(adata)
-        model = cls(adata, record["seed"], module_class, **_explicit(record["arguments"]))
-        model.module.load_state_dict(state)
-        model.history = History(record["history"])
-        model.training_settings = record["training_settings"]
-        model.is_trained = record.get("is_trained", True)  # not in old records
-        if record.get("freeze"):  # not in records of plain models, nor in old ones
-            model.freeze = freezing.Freeze(**record["freeze"])
-            freezing.hold(model.module, model.freeze)
+        saved = Saved.read(directory, with_cells=adata is None)
+        saved.check_class(module_class)
+        adata = saved.cells if adata is None else adata
+        with saved.fields.noted(adata):
+            model = cls(adata, saved.seed, module_class, **_explicit(saved.arguments))
+            model.module.load_state_dict(saved.state)
+        model.history, model.training_settings = saved.history, saved.training_settings
+        model.is_trained, model.freeze = saved.is_trained, saved.freeze
+        if saved.freeze is not None:
+            freezing.hold(model.module, saved.freeze)
         return model
 
     def _training_anndata(self) -> ad.AnnData:
@@ -919,18 +924,27 @@ def _explicit(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return own | {k: v for k, v in arguments.items() if k not in FROM_DATA}
 
 
-def _as_reference(reference: SCANVI | str | Path) -> query.Reference:
-    """What a query needs of a model or of the folder of a saved one."""
-    if isinstance(reference, SCANVI):
-        return query.Reference(
-            reference.module,
-            reference.fields,
-            reference.vae_arguments,
-            reference.seed,
-            reference.is_trained,
-        )
+def _as_reference(reference: SCANVI | str | Path, module_class: type[SCANVAE]) -> query.Reference:
+    """What a query needs of a model, or of the folder of one of that class."""
+    if not isinstance(reference, SCANVI):
+        return _saved(reference).reference(module_class)
+    return query.Reference(
+        reference.module,
+        reference.fields,
+        reference.vae_arguments,
+        reference.seed,
+        reference.is_trained,
+    )
+
+
+def _fields_of(reference: SCANVI | str | Path) -> Fields:
+    """Its columns and categories; of a folder too, whatever the class of its module."""
+    return reference.fields if isinstance(reference, SCANVI) else _saved(reference).fields
+
+
+def _saved(reference: str | Path) -> Saved:
     if isinstance(reference, str | Path):
-        return query.Reference.read(user_path(reference))
+        return Saved.read(reference)
     raise InputError(
         f"the reference is a {type(reference).__name__}, expected a SCANVI or the folder of one"
     )

@@ -12,6 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_scanvi.model.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from pyro_scanvi.model.growth import ByBatch, ByCovariates, ByLabel, Growth
 from pyro_scanvi.model.networks import CountDecoder, Head
 
 
@@ -132,6 +133,10 @@ class GeneBatchDispersion(nn.Module):
         """Log theta of the batch of each cell, (N, G)."""
         return self.log_theta[batch]
 
+    def growth(self) -> dict[str, Growth]:
+        """A row for each batch."""
+        return {"log_theta": ByBatch(dim=0)}
+
 
 class GeneLabelDispersion(nn.Module):
     """One log theta for each gene and label; enumerated with the label of unlabelled cells."""
@@ -146,6 +151,10 @@ class GeneLabelDispersion(nn.Module):
         """Log theta of the label of each cell, (..., N, G)."""
         return y @ self.log_theta
 
+    def growth(self) -> dict[str, Growth]:
+        """A row for each label."""
+        return {"log_theta": ByLabel(dim=0)}
+
 
 class GeneCellDispersion(nn.Module):
     """One log theta for each gene and cell, decoded from the cell's state."""
@@ -159,6 +168,10 @@ class GeneCellDispersion(nn.Module):
     def forward(self, hidden: Tensor, y: Tensor, batch: Tensor) -> Tensor:
         """Log theta decoded from the hidden units, (..., N, G)."""
         return self.head(hidden)
+
+    def growth(self) -> dict[str, Growth]:
+        """Without hidden layers the head reads the covariates."""
+        return {"head.weight": ByCovariates(dim=1)}
 
 
 @dataclass(frozen=True)

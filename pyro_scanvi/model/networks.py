@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pyro_scanvi.model.growth import ByBatch, Growth
+
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm over all leading dimensions, with the momentum and epsilon of scVI.
@@ -100,6 +102,10 @@ class HiddenLayers(nn.Module):
             x = block(self._joined(x, covariates) if i == 0 or self.deep else x)
         return x
 
+    def input_layers(self, *heads: nn.Module) -> list[nn.Module]:
+        """The linear layers that read the input: the first, or the `heads` where there is none."""
+        return [self.layers[0].get_submodule("linear")] if len(self.layers) else list(heads)
+
     def _joined(self, x: Tensor, covariates: Tensor | None) -> Tensor:
         if not self.n_covariates:
             return x
@@ -144,6 +150,10 @@ class NormalNetwork(nn.Module):
         variance = self.var_activation(self.variance(hidden)) + self.var_eps
         return self.mean(hidden), variance.sqrt()
 
+    def input_layers(self) -> list[nn.Module]:
+        """The linear layers that read the input."""
+        return self.hidden.input_layers(self.mean, self.variance)
+
 
 class CountDecoder(nn.Module):
     """From a latent state to the expression, and where asked for the gate, of each gene.
@@ -176,6 +186,10 @@ class CountDecoder(nn.Module):
     def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
         """(..., N, n_latent) to the hidden units that `expression` and `gate` read."""
         return self.hidden(z, covariates)
+
+    def input_layers(self) -> list[nn.Module]:
+        """The linear layers that read the input."""
+        return self.hidden.input_layers(*(m for m in self.modules() if isinstance(m, Head)))
 
 
 class Classifier(nn.Module):
@@ -249,6 +263,10 @@ class CovariateEncoder(nn.Module):
         self.n_dense = n_continuous + (batch_embedding_dim or 0)
         # A covariate of one category says nothing.
         self.n_one_hot = sum(n for n in self.n_categories if n > 1)
+
+    def growth(self) -> dict[str, Growth]:
+        """A row of the embedding for each batch."""
+        return {"embedding.weight": ByBatch(dim=0)}
 
     def dense(self, x: Tensor, batch: Tensor, continuous: Tensor | None) -> Tensor:
         """Append continuous covariates and the embedded batch to `x` of shape (..., N, n)."""

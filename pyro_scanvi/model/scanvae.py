@@ -38,6 +38,15 @@ from pyro_scanvi.model.construction import (
     library_priors,
     likelihood_of,
 )
+from pyro_scanvi.model.growth import (
+    ByBatch,
+    ByCovariates,
+    ByLabel,
+    Growth,
+    from_the_data,
+    label_prior,
+    told,
+)
 from pyro_scanvi.model.likelihoods import (
     DISPERSIONS,
     CountParameters,
@@ -380,3 +389,25 @@ class SCANVAE(PiecewiseInterface):
             return x, None
         x = self.covariates.dense(x, cells.batch, cells.continuous)
         return x, self.covariates.one_hot(cells.batch, cells.categorical)
+
+    def growth(self) -> dict[str, Growth]:
+        """How parameters and buffers grow with new labels, batches and categories.
+
+        By the name of a tensor, or of a part whose tensors grow alike. What follows from where a
+        part stands is said here; a module that knows better, such as a dispersion, has a method
+        ``growth()`` of its own. For a parameter of one's own add to it:
+        ``return super().growth() | {"log_pi": ByLabel(dim=0)}``.
+        """
+        covariates, labels = ByCovariates(dim=1), ByLabel(dim=1)  # inputs of the linear layers
+        return {
+            "z_encoder": covariates,
+            "l_encoder": covariates,
+            "x_decoder": covariates,
+            "u_encoder": labels,
+            "z_decoder": labels,
+            "classifier": ByLabel(dim=0),
+            "y_prior": ByLabel(dim=0, start=label_prior),
+            "library_log_means": ByBatch(dim=0, start=from_the_data),
+            "library_log_vars": ByBatch(dim=0, start=from_the_data),
+            **told(self),
+        }

@@ -92,16 +92,6 @@ def read_model(
     )
 
 
-def check_class(record: Mapping[str, Any], module_class: type) -> None:
-    """Refuse to put weights into another class than they were saved from."""
-    saved = record.get("module_class", "SCANVAE")  # not in old records
-    if saved != module_class.__qualname__:
-        raise InputError(
-            f"the model was saved from a {saved}, not a {module_class.__qualname__}; open it with "
-            f"SCANVI.load(..., module_class={saved.rpartition('.')[-1]})"
-        )
-
-
 def plain(value: Any, name: str) -> Any:
     """A value as JSON holds it; InputError for what JSON cannot hold, such as a callable."""
     if isinstance(value, Tensor | np.ndarray):

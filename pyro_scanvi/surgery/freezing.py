@@ -16,11 +16,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyro_scanvi.model.networks import NormalNetwork
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.surgery.growing import placements
 from pyro_scanvi.validation import InputError, check_flags, make_plain
-
-ENCODERS, DECODERS = ("z_encoder", "l_encoder", "u_encoder"), ("x_decoder", "z_decoder")
 
 
 @dataclass(frozen=True)
@@ -166,28 +165,21 @@ def _bits_differ(a: Tensor, b: Tensor) -> Tensor:
     return (bytes_of[0] != bytes_of[1]).any(-1).reshape(a.shape)
 
 
-def _first_layers(vae: SCANVAE, networks: tuple[str, ...]) -> list[nn.Module]:
-    """The linear layers that read the input: the first hidden one, or the heads without any."""
-    linear: list[nn.Module] = []
-    for network in (vae.get_submodule(n) for n in networks if hasattr(vae, n)):
-        layers = network.hidden.layers
-        if layers:
-            linear.append(layers[0].linear)
-        else:
-            linear += [m for m in network.modules() if isinstance(m, nn.Linear)]
-    return linear
+def _encoders_of_counts(vae: SCANVAE) -> list[NormalNetwork]:
+    return [vae.z_encoder, vae.l_encoder] if vae.latent_library else [vae.z_encoder]
 
 
-def _batch_norms(vae: SCANVAE, networks: tuple[str, ...]) -> list[nn.Module]:
-    found = [vae.get_submodule(n) for n in networks if hasattr(vae, n)]
-    return [m for network in found for m in network.modules() if isinstance(m, _BatchNorm)]
+def _batch_norms(*networks: nn.Module) -> list[nn.Module]:
+    return [m for network in networks for m in network.modules() if isinstance(m, _BatchNorm)]
 
 
 THAWED_BY: dict[str, Callable[[SCANVAE], list[nn.Module]]] = {  # when the flag is False
-    "freeze_expression": lambda vae: _first_layers(vae, ("z_encoder", "l_encoder")),
-    "freeze_decoder_first_layer": lambda vae: _first_layers(vae, ("x_decoder",)),
-    "freeze_batchnorm_encoder": lambda vae: _batch_norms(vae, ENCODERS),
-    "freeze_batchnorm_decoder": lambda vae: _batch_norms(vae, DECODERS),
+    "freeze_expression": lambda vae: [
+        layer for encoder in _encoders_of_counts(vae) for layer in encoder.input_layers()
+    ],
+    "freeze_decoder_first_layer": lambda vae: vae.x_decoder.input_layers(),
+    "freeze_batchnorm_encoder": lambda vae: _batch_norms(*_encoders_of_counts(vae), vae.u_encoder),
+    "freeze_batchnorm_decoder": lambda vae: _batch_norms(vae.x_decoder, vae.z_decoder),
     "freeze_classifier": lambda vae: list(vae.classifier.modules()),
 }
 
@@ -203,8 +195,8 @@ def _held(vae: SCANVAE, freeze: Freeze) -> list[nn.Module]:
     if freeze.unfrozen:
         return []
     moving = _thawed(vae, freeze)
-    norms = [m for m in vae.modules() if isinstance(m, _BatchNorm) and m not in moving]
-    dropouts = [m for m in vae.modules() if isinstance(m, nn.Dropout)]
+    norms = [m for m in _batch_norms(vae) if m not in moving]
+    dropouts: list[nn.Module] = [m for m in vae.modules() if isinstance(m, nn.Dropout)]
     return norms + (dropouts if freeze.freeze_dropout else [])
 
 

@@ -13,21 +13,24 @@ The label prior keeps the old relative frequencies, and each new label gets :mat
 Lotfollahi et al. (2022), Nat Biotechnol 40:121 (scArches, architecture surgery).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_scanvi.model.likelihoods import (
-    GeneBatchDispersion,
-    GeneCellDispersion,
-    GeneLabelDispersion,
-)
+from pyro_scanvi.model.growth import Growth, Start
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.validation import InputError
 
-Variable = tuple[int, int, int]  # columns that it has, categories that it had, columns that it had
+
+class Variable(NamedTuple):
+    """What a variable has on an axis: entries now, and categories and entries before."""
+
+    entries: int
+    old_categories: int
+    old_entries: int
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,15 @@ class Placement:
         New position of each old entry.
     new
         Position of each entry of a new category, and old positions of its siblings.
+    start
+        See :class:`~pyro_scanvi.model.growth.Growth`.
     """
 
     dim: int
     size: int
     old: Sequence[int]
     new: Mapping[int, Sequence[int]]
+    start: Start | None = None
 
     def spread(self, tensor: Tensor) -> Tensor:
         """The old entries at their new places, zeros elsewhere."""
@@ -55,6 +61,10 @@ class Placement:
         shape[self.dim] = self.size
         old = torch.tensor(self.old, dtype=torch.long, device=tensor.device)
         return tensor.new_zeros(shape).index_copy_(self.dim, old, tensor)
+
+    def grown(self, tensor: Tensor, own: Tensor) -> Tensor:
+        """The grown tensor; `own` is that of the larger model as it was made."""
+        return self.averaged(tensor) if self.start is None else self.start(tensor, own)
 
     def averaged(self, tensor: Tensor) -> Tensor:
         """The old entries at their new places; those of new categories are means of siblings."""
@@ -79,12 +89,12 @@ def grow(old: SCANVAE, new: SCANVAE) -> SCANVAE:
     Raises
     ------
     InputError
-        If a parameter grew that no rule of this module knows.
+        If a parameter grew for which the model has no rule, or another than its shapes say.
     """
     new.to(old.y_prior)
     places, own = placements(old, new), new.state_dict()
     state = {
-        name: _initial(name, tensor, own[name], places.get(name))
+        name: places[name].grown(tensor, own[name]) if name in places else tensor
         for name, tensor in old.state_dict().items()
     }
     new.load_state_dict(state)
@@ -97,109 +107,51 @@ def placements(old: SCANVAE, new: SCANVAE) -> dict[str, Placement]:
     if olds.keys() != news.keys():
         differing = ", ".join(sorted(olds.keys() ^ news.keys())[:5])
         raise InputError(f"the two models do not own the same parameters: {differing}")
-    grown = (name for name in olds if olds[name].shape != news[name].shape)
-    return {name: _placement(name, old, new, olds[name], news[name]) for name in grown}
+    rules, places = new.growth(), {}
+    for name in (name for name in olds if olds[name].shape != news[name].shape):
+        rule = _rule(name, rules)
+        place = None if rule is None else _placed(rule, old, new, olds[name], news[name])
+        if place is None:
+            raise InputError(
+                f"{name} has shape {tuple(olds[name].shape)} in the reference and "
+                f"{tuple(news[name].shape)} with the new categories, and there is no rule how it "
+                "grows; keep the number of categories (extend_categories=False, no "
+                "extend_labels), give it a shape that does not depend on them, or a rule in "
+                "growth() of its class"
+            )
+        places[name] = place
+    return places
 
 
-def grown_label_prior(prior: Tensor, n_labels: int) -> Tensor:
-    """Old relative frequencies, and 1 / n_labels for each new label, (n_labels,)."""
-    if len(prior) == n_labels:
-        return prior
-    new = prior.new_full((n_labels - len(prior),), 1 / n_labels)
-    return torch.cat([prior * (len(prior) / n_labels), new])
-
-
-def _initial(name: str, old: Tensor, own: Tensor, place: Placement | None) -> Tensor:
-    if place is None:
-        return old
-    return INITIAL.get(name, lambda old, own, place: place.averaged(old))(old, own, place)
-
-
-def _from_the_data(old: Tensor, own: Tensor, place: Placement) -> Tensor:
-    """New entries as the new model has them."""
-    return torch.cat([old, own[len(old) :]])
-
-
-INITIAL = {  # where the mean of siblings would be wrong
-    "y_prior": lambda old, own, place: grown_label_prior(old, len(own)),
-    "library_log_means": _from_the_data,
-    "library_log_vars": _from_the_data,
-}
-
-
-def _one_hots(old: SCANVAE, new: SCANVAE) -> list[Variable]:
-    pairs = zip(old.covariates.n_categories, new.covariates.n_categories, strict=True)
-    return [(n if n > 1 else 0, before, before if before > 1 else 0) for before, n in pairs]
-
-
-def _labels(old: SCANVAE, new: SCANVAE) -> list[Variable]:
-    return [(new.n_labels, old.n_labels, old.n_labels)]
-
-
-def _batches(old: SCANVAE, new: SCANVAE) -> list[Variable]:
-    return [(new.n_batch, old.n_batch, old.n_batch)]
-
-
-Axis = tuple[int, Callable[[SCANVAE, SCANVAE], list[Variable]]]
-AXES: dict[str, Axis] = {  # of the tensors of each part: the axis that grows, and with what
-    "z_encoder": (1, _one_hots),
-    "l_encoder": (1, _one_hots),
-    "x_decoder": (1, _one_hots),
-    "u_encoder": (1, _labels),
-    "z_decoder": (1, _labels),
-    "classifier": (0, _labels),
-    "covariates": (0, _batches),
-    "library_log_means": (0, _batches),
-    "library_log_vars": (0, _batches),
-    "y_prior": (0, _labels),
-}
-DISPERSION_AXES: dict[type, Axis] = {
-    GeneBatchDispersion: (0, _batches),
-    GeneLabelDispersion: (0, _labels),
-    GeneCellDispersion: (1, _one_hots),
-}
-
-
-def _placement(
-    name: str, old: SCANVAE, new: SCANVAE, old_tensor: Tensor, new_tensor: Tensor
-) -> Placement:
-    axes = AXES | {"dispersion": DISPERSION_AXES.get(type(getattr(new, "dispersion", None)))}
-    axis = axes.get(name.split(".")[0])
-    place = None if axis is None else _placed(*axis, old, new, old_tensor, new_tensor)
-    if place is None:
-        raise InputError(
-            f"{name} has shape {tuple(old_tensor.shape)} in the reference and "
-            f"{tuple(new_tensor.shape)} with the new categories, and there is no rule how it "
-            "grows; keep the number of categories (extend_categories=False, no extend_labels) or "
-            "give it a shape that does not depend on them"
-        )
-    return place
+def _rule(name: str, rules: Mapping[str, Growth]) -> Growth | None:
+    """The rule of a tensor: that of the longest beginning of its name."""
+    path = name.split(".")
+    beginnings = (".".join(path[:n]) for n in range(len(path), 0, -1))
+    return next((rules[b] for b in beginnings if b in rules), None)
 
 
 def _placed(
-    dim: int,
-    variables_of: Callable[[SCANVAE, SCANVAE], list[Variable]],
-    old: SCANVAE,
-    new: SCANVAE,
-    old_tensor: Tensor,
-    new_tensor: Tensor,
+    rule: Growth, old: SCANVAE, new: SCANVAE, old_tensor: Tensor, new_tensor: Tensor
 ) -> Placement | None:
     """The variables stand at the end of the axis; None where the shapes do not fit them."""
-    variables = variables_of(old, new)
-    kept = old_tensor.shape[dim] - sum(had for _, _, had in variables)
+    if rule.dim >= old_tensor.ndim:
+        return None
+    pairs = zip(rule.variables(old), rule.variables(new), strict=True)
+    variables = [Variable(entries, *before) for before, (_, entries) in pairs]
+    kept = old_tensor.shape[rule.dim] - sum(v.old_entries for v in variables)
     spread = list(old_tensor.shape)
-    spread[dim] = kept + sum(has for has, _, _ in variables)
+    spread[rule.dim] = kept + sum(v.entries for v in variables)
     if kept < 0 or tuple(spread) != tuple(new_tensor.shape):
         return None
-    return _place_variables(dim, kept, variables)
+    return _place_variables(rule, kept, variables)
 
 
-def _place_variables(dim: int, kept: int, variables: Sequence[Variable]) -> Placement:
-    places, fresh = list(range(kept)), {}
+def _place_variables(rule: Growth, kept: int, variables: Sequence[Variable]) -> Placement:
+    places, fresh = list(range(kept)), dict[int, Sequence[int]]()
     start_old = start = kept
-    for has, categories, had in variables:
-        siblings = list(range(start_old, start_old + had))
-        places += range(start, start + had)
-        fresh |= {start + code: siblings for code in range(categories, has)}
-        start_old, start = start_old + had, start + has
-    return Placement(dim, start, places, fresh)
+    for entries, old_categories, old_entries in variables:
+        siblings = list(range(start_old, start_old + old_entries))
+        places += range(start, start + old_entries)
+        fresh |= {start + code: siblings for code in range(old_categories, entries)}
+        start_old, start = start_old + old_entries, start + entries
+    return Placement(rule.dim, start, places, fresh, rule.start)

@@ -4,25 +4,22 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
-import torch
 from scipy.sparse import csr_matrix, issparse
 
 from pyro_scanvi.data.columns import categories, check_keys
 from pyro_scanvi.data.fields import Fields, check_gene_names, check_names
+from pyro_scanvi.model.growth import grown_label_prior
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.names import first, names_of, reads_unlabeled
-from pyro_scanvi.storage import models
-from pyro_scanvi.surgery.growing import grown_label_prior
 from pyro_scanvi.validation import InputError
 
 SMALLEST_OVERLAP = 0.8
-LIBRARY_PRIOR = ("library_log_means", "library_log_vars")
+LIBRARY_PRIOR = ("library_log_means", "library_log_vars")  # arguments, and buffers
 
 
 @dataclass(frozen=True)
@@ -34,19 +31,6 @@ class Reference:
     arguments: Mapping[str, Any]
     seed: int
     is_trained: bool
-
-    @classmethod
-    def read(cls, directory: Path) -> "Reference":
-        """Of a folder that ``save`` wrote; its cells are not needed."""
-        state, record, _ = models.read_model(directory, with_anndata=False)
-        models.check_class(record, SCANVAE)
-        fields, arguments = Fields.from_json(record["fields"]), record["arguments"]
-        library = {name: state[name] for name in LIBRARY_PRIOR if name in state}
-        with torch.random.fork_rng():
-            vae = SCANVAE(**(fields.sizes() | arguments | library)).eval()
-        vae.load_state_dict(state)
-        is_trained = record.get("is_trained", True)  # not in old records
-        return cls(vae, fields, arguments, record["seed"], is_trained)
 
     def grown_arguments(self, n_labels: int) -> dict[str, Any]:
         """Arguments for a model of more labels; those that depend on batches are left out."""

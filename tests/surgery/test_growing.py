@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pyro.distributions import OneHotCategorical
 from torch import nn
 
 from pyro_scanvi import SCANVAE, InputError
+from pyro_scanvi.model.growth import ByBatch, ByLabel, from_the_data
+from pyro_scanvi.surgery.growing import placements
 from tests.estimator.test_extension import LearnedMixture
 from tests.examples import SIZES, enlarged, random_cells, small_vae
 
@@ -217,15 +220,84 @@ def test_parameters_without_a_rule_are_refused():
     assert enlarged(old, sizes_of(2, [4], 3)).shift.shape == (2,)
 
 
+class PerBatch(nn.Module):
+    """A dispersion for each batch, which does not say how it grows."""
+
+    reads_label = False
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.scale = nn.Parameter(torch.arange(1.0, sizes.n_batch + 1)[:, None])
+
+    def forward(self, hidden, y, batch):
+        return self.scale[batch]
+
+
+class GrowingPerBatch(PerBatch):
+    """The same, which says it."""
+
+    def growth(self):
+        return {"scale": ByBatch(dim=0)}
+
+
+class LearnedPi(SCANVAE):
+    """Label frequencies are learned, with an argument for their start."""
+
+    def __init__(self, *args, rarer=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.log_pi = nn.Parameter(-rarer * torch.arange(float(self.n_labels)))
+
+    def p_y(self):
+        return OneHotCategorical(logits=self.log_pi)
+
+    def growth(self):
+        return super().growth() | {"log_pi": ByLabel(dim=0)}
+
+
+def test_a_learned_label_prior_grows():
+    """log pi is 0, -2, -4; each new label has the mean, and old ratios stay."""
+    old = LearnedPi(**sizes_of(2, [3], 3), rarer=2.0)
+    new = enlarged(old, sizes_of(2, [3], 5))
+    assert new.log_pi.tolist() == [0, -2, -4, -2, -2]
+    ratios = [vae.p_y().probs[:3] / vae.p_y().probs[0] for vae in (old, new)]
+    torch.testing.assert_close(ratios[1], ratios[0])
+    assert placements(old, new)["log_pi"].new == {3: [0, 1, 2], 4: [0, 1, 2]}
+
+
+def test_a_dispersion_of_ones_own_says_how_it_grows():
+    """Old batches keep theirs, and a new one starts as their mean."""
+    old = SCANVAE(**sizes_of(2, [3], 3, dispersion=GrowingPerBatch))
+    new = enlarged(old, sizes_of(4, [3], 3, dispersion=GrowingPerBatch))
+    assert new.dispersion.scale.tolist() == [[1], [2], [1.5], [1.5]]
+
+
+def test_a_rule_that_does_not_fit_the_shape_is_refused():
+    """Batches are said to be columns, of which there is one; or of an axis that is not there."""
+    for dim in (1, 2):
+
+        class Wrong(PerBatch):
+            def growth(self, dim=dim):
+                return {"scale": ByBatch(dim)}
+
+        old = SCANVAE(**sizes_of(2, [3], 3, dispersion=Wrong))
+        with pytest.raises(InputError, match="dispersion.scale has shape .*no rule"):
+            enlarged(old, sizes_of(3, [3], 3, dispersion=Wrong))
+
+
+def test_a_start_of_ones_own():
+    """From the old tensor, and that of the model as it was made."""
+
+    class Fresh(PerBatch):
+        def growth(self):
+            return {"scale": ByBatch(dim=0, start=from_the_data)}
+
+    old = SCANVAE(**sizes_of(2, [3], 3, dispersion=Fresh))
+    old.dispersion.scale.data[:] = 7
+    new = enlarged(old, sizes_of(4, [3], 3, dispersion=Fresh))
+    assert new.dispersion.scale.tolist() == [[7], [7], [3], [4]]
+
+
 def test_a_dispersion_of_ones_own_is_refused_only_where_it_grows():
-    class PerBatch(nn.Module):
-        def __init__(self, sizes):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(sizes.n_batch, 1))
-
-        def forward(self, hidden, y, batch):
-            return self.scale[batch]
-
     old = SCANVAE(**sizes_of(2, [3], 3, dispersion=PerBatch))
     with pytest.raises(InputError, match="dispersion.scale has shape"):
         enlarged(old, sizes_of(3, [3], 3, dispersion=PerBatch))

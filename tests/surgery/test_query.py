@@ -15,6 +15,7 @@ from torch import nn
 from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.data.minibatches import library_prior
 from tests.examples import SMALL, as_they_are, simulated
+from tests.surgery.test_growing import BatchShift, LearnedPi
 
 PROFILES = np.random.default_rng(7).normal(size=(4, 20))
 KINDS = np.array(["B", "NK", "T", "New"])
@@ -184,6 +185,56 @@ def test_a_folder_is_a_reference_too(query, tmp_path, arguments):
     np.testing.assert_array_equal(
         SCANVI.prepare_query_anndata(query, tmp_path / "reference").X, query.X
     )
+
+
+def test_a_folder_of_ones_own_class_is_a_reference_too(tmp_path):
+    """To the bit as the model itself; neither the genes nor the proof ask for the class."""
+    reference = model_of(cohort(REFERENCE_BATCHES), 1, module_class=LearnedPi, rarer=0.5)
+    folder = tmp_path / "reference"
+    reference.save(folder)
+    again = SCANVI.load(folder, cohort(REFERENCE_BATCHES), module_class=LearnedPi)
+    queries = []
+    for source in (reference, folder, again):
+        adata = SCANVI.prepare_query_anndata(cohort(["three", "two"], kinds=4, seed=1), source)
+        model = SCANVI.load_query_data(adata, source, module_class=LearnedPi, extend_labels=["New"])
+        assert type(model.module) is LearnedPi and model.vae_arguments["rarer"] == 0.5
+        queries.append(model.train(1, batch_size=32, progress_bar=False))
+    first = queries[0].module.state_dict()
+    for model in queries[1:]:
+        for name, tensor in model.module.state_dict().items():
+            assert torch.equal(tensor, first[name]), name
+        assert model.state_diff(folder).equals(queries[0].state_diff(reference))
+
+
+def test_a_parameter_of_ones_own_is_frozen_as_ours_are():
+    """Its old entries to the bit, and that of the new label moves; weight decay or not."""
+    reference = model_of(cohort(REFERENCE_BATCHES), 1, module_class=LearnedPi)
+    model = SCANVI.load_query_data(
+        cohort(["one", "two"], kinds=4, seed=1), reference, extend_labels=["New"]
+    )
+    before = model.module.log_pi.detach().clone()
+    model.train(2, batch_size=32, plan_kwargs={"weight_decay": 0.1}, progress_bar=False)
+    row = model.state_diff(reference).set_index("name").loc["log_pi"]
+    assert (row.entries, row.new, row.trainable, row.changed) == (4, 1, 1, 0)
+    assert torch.equal(model.module.log_pi[:3], reference.module.log_pi)
+    assert model.module.log_pi[3] != before[3]
+
+
+def test_the_class_of_a_folder_is_asked_for(query, tmp_path):
+    model_of(cohort(REFERENCE_BATCHES), module_class=LearnedPi).save(tmp_path / "own")
+    with pytest.raises(InputError, match="saved from a LearnedPi.*module_class=LearnedPi"):
+        SCANVI.load_query_data(query, tmp_path / "own")
+    assert "pyro_scanvi" not in query.uns
+
+
+def test_a_query_that_is_refused_leaves_the_cells_as_they_were(query):
+    """Where a parameter cannot grow, the setup that the AnnData had stands again."""
+    reference = model_of(cohort(REFERENCE_BATCHES), module_class=BatchShift)
+    for setup in ({}, {"setup": {"note": 1}}):
+        query.uns = {"pyro_scanvi": setup} if setup else {}
+        with pytest.raises(InputError, match="shift has shape"):
+            SCANVI.load_query_data(query, reference)
+        assert dict(query.uns) == ({"pyro_scanvi": setup} if setup else {})
 
 
 def test_a_model_of_scvi_tools_is_a_reference_too():

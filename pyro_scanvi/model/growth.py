@@ -1,0 +1,94 @@
+"""What the parts of a model say of how they grow with new labels, batches and categories.
+
+A rule names the axis of a tensor at whose end the entries of some variables stand, such as one row
+for each label. What is done with the rules is written in :mod:`pyro_scanvi.surgery`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from pyro_scanvi.model.scanvae import SCANVAE
+
+Start = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Growth(ABC):
+    """How a tensor grows.
+
+    Parameters
+    ----------
+    dim
+        The axis that grows; the entries of the variables are the last ones on it.
+    start
+        From the old tensor, and that of the newly made larger model, to the grown tensor. None:
+        old entries stay, and a new one is the mean of the old ones of its variable.
+    """
+
+    dim: int
+    start: Start | None = None
+
+    @abstractmethod
+    def variables(self, vae: "SCANVAE") -> Sequence[tuple[int, int]]:
+        """Number of categories, and of entries on the axis, of each variable in turn."""
+
+
+class ByLabel(Growth):
+    """One entry for each label."""
+
+    def variables(self, vae: "SCANVAE") -> Sequence[tuple[int, int]]:
+        """The labels."""
+        return [(vae.n_labels, vae.n_labels)]
+
+
+class ByBatch(Growth):
+    """One entry for each biological batch."""
+
+    def variables(self, vae: "SCANVAE") -> Sequence[tuple[int, int]]:
+        """The batches."""
+        return [(vae.n_batch, vae.n_batch)]
+
+
+class ByCovariates(Growth):
+    """The one-hot columns of batch and categorical covariates; one category has no column."""
+
+    def variables(self, vae: "SCANVAE") -> Sequence[tuple[int, int]]:
+        """The batch, which has no category where it is embedded, and each covariate."""
+        return [(n, n if n > 1 else 0) for n in vae.covariates.n_categories]
+
+
+def grown_label_prior(old: Tensor, n_labels: int) -> Tensor:
+    """Old relative frequencies, and 1 / n_labels for each new label, (n_labels,)."""
+    if len(old) == n_labels:
+        return old
+    new = old.new_full((n_labels - len(old),), 1 / n_labels)
+    return torch.cat([old * (len(old) / n_labels), new])
+
+
+def label_prior(old: Tensor, own: Tensor) -> Tensor:
+    """A start: probabilities that sum to 1."""
+    return grown_label_prior(old, len(own))
+
+
+def from_the_data(old: Tensor, own: Tensor) -> Tensor:
+    """A start: new entries as the newly made model has them."""
+    return torch.cat([old, own[len(old) :]])
+
+
+def told(vae: nn.Module) -> dict[str, Growth]:
+    """What the modules inside say of their own tensors, by name in the whole model.
+
+    A module says it by a method ``growth()``, from names of its tensors to rules.
+    """
+    return {
+        f"{name}.{tensor}": rule
+        for name, module in vae.named_modules()
+        if module is not vae
+        for tensor, rule in getattr(module, "growth", dict)().items()
+    }
