@@ -26,7 +26,6 @@ from pyro_scanvi.data.columns import (
 )
 from pyro_scanvi.data.counts import Counts, CountsPlace
 from pyro_scanvi.data.minibatches import UNLABELED, CellData
-from pyro_scanvi.model.scvi_interface import ScviSave
 from pyro_scanvi.names import first, listed, name_of, names_of, reads_unlabeled, renaming
 from pyro_scanvi.validation import InputError
 
@@ -139,24 +138,6 @@ class Fields:
         by_number = stored["covariate_categories"]
         stored["covariate_categories"] = [by_number[str(i)] for i in range(len(by_number))]
         return cls.from_json(stored)
-
-    @classmethod
-    def from_scvi_save(cls, save: ScviSave) -> "Fields":
-        """The columns and categories of a model that scvi-tools saved, in its order of codes."""
-        keys = save.setup_args
-        return cls(
-            labels_key=keys.get("labels_key") or "",
-            unlabeled_category=save.unlabeled_category,
-            layer=keys.get("layer") or "",
-            batch_key=keys.get("batch_key") or "",
-            size_factor_key=keys.get("size_factor_key") or "",
-            categorical_covariate_keys=tuple(save.covariate_categories),
-            continuous_covariate_keys=tuple(save.continuous_covariates),
-            classes=np.array(save.classes),
-            batches=np.array(save.batches),
-            covariate_categories=tuple(np.array(c) for c in save.covariate_categories.values()),
-            genes=save.var_names,
-        )
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Fields":

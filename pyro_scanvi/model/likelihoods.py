@@ -96,8 +96,19 @@ GENE_LIKELIHOODS = {
 }
 
 
+def reads_label(dispersion: nn.Module | None) -> bool:
+    """Whether log theta depends on the label; None is a model without theta.
+
+    A dispersion says so itself, by an attribute ``reads_label``. One that says nothing is taken to
+    read it: asking for labels in vain is better than decoding with wrong ones.
+    """
+    return dispersion is not None and bool(getattr(dispersion, "reads_label", True))
+
+
 class GeneDispersion(nn.Module):
     """One log theta for each gene."""
+
+    reads_label = False
 
     def __init__(self, n_genes: int):
         super().__init__()
@@ -111,6 +122,8 @@ class GeneDispersion(nn.Module):
 class GeneBatchDispersion(nn.Module):
     """One log theta for each gene and biological batch."""
 
+    reads_label = False
+
     def __init__(self, n_genes: int, n_batch: int):
         super().__init__()
         self.log_theta = nn.Parameter(torch.randn(n_batch, n_genes))
@@ -123,6 +136,8 @@ class GeneBatchDispersion(nn.Module):
 class GeneLabelDispersion(nn.Module):
     """One log theta for each gene and label; enumerated with the label of unlabelled cells."""
 
+    reads_label = True
+
     def __init__(self, n_genes: int, n_labels: int):
         super().__init__()
         self.log_theta = nn.Parameter(torch.randn(n_labels, n_genes))
@@ -134,6 +149,8 @@ class GeneLabelDispersion(nn.Module):
 
 class GeneCellDispersion(nn.Module):
     """One log theta for each gene and cell, decoded from the cell's state."""
+
+    reads_label = False
 
     def __init__(self, n_hidden: int, n_genes: int):
         super().__init__()
