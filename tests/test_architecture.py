@@ -1,11 +1,14 @@
 """The architecture: a folder is one idea, and imports only from folders below it."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 
 import pyro_scanvi
+from pyro_scanvi import SCANVI
+from pyro_scanvi.posterior.trained import Trained
 
 ROOT = Path(pyro_scanvi.__file__).parent
 LAYERS = [  # from above; what stands in one line does not know the others of it
@@ -73,3 +76,14 @@ def test_imports_point_down(path):
 def test_the_inside_does_not_know_the_edges(place):
     packages = {name.split(".")[0] for name in imported(ROOT / place)}
     assert not packages & UNKNOWN_TO[place]
+
+
+@pytest.mark.parametrize("theme", Trained.__subclasses__())
+def test_questions_read_of_a_model_what_is_trained_alone(theme):
+    """So that no question asks another."""
+    nodes = [*ast.walk(ast.parse(inspect.getsource(theme)))]
+    names = [n for n in nodes if isinstance(n, ast.Name) and n.id == "self"]
+    read = [n.attr for n in nodes if isinstance(n, ast.Attribute) and n.value in names]
+    assert len(read) == len(names), "self is not handed on"
+    assert set(read) <= {"module", "fields", "adata", "encoded"}
+    assert theme in SCANVI.__bases__

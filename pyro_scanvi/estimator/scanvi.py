@@ -21,7 +21,12 @@ from pyro_scanvi.estimator import summary
 from pyro_scanvi.estimator.saved import Saved
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.names import first
-from pyro_scanvi.posterior import asking
+from pyro_scanvi.posterior.correlation import Correlation
+from pyro_scanvi.posterior.differential import DifferentialExpression
+from pyro_scanvi.posterior.evidence import Evidence
+from pyro_scanvi.posterior.expression import Expression
+from pyro_scanvi.posterior.labels import Labels
+from pyro_scanvi.posterior.latent import LatentSpace
 from pyro_scanvi.scvi_tools import names as scvi_names
 from pyro_scanvi.scvi_tools.saves import read_save
 from pyro_scanvi.scvi_tools.weights import shared_state
@@ -59,7 +64,15 @@ DEFAULTS = {"n_latent": 20, "dropout_rate": 0.5, "linear_classifier": True}
 FEW_LABELS_PLAN = {"classification_ratio": 500.0}  # for about ten labels of each type
 
 
-class SCANVI(metaclass=scvi_names.Names):
+class SCANVI(
+    Labels,
+    LatentSpace,
+    Expression,
+    Correlation,
+    DifferentialExpression,
+    Evidence,
+    metaclass=scvi_names.Names,
+):
     """Semi-supervised annotation of single cells.
 
     Parameters
@@ -514,19 +527,6 @@ class SCANVI(metaclass=scvi_names.Names):
             raise AttributeError  # Python then asks __getattr__, which knows what to say
         shares = course["train_size"], course["split_seed"], course["validation_size"]
         return split(self._data.label, *shares)
-
-    # What is asked of a trained model; each is a function of asking.py.
-    predict = plain_arguments(asking.predict)
-    get_latent_representation = plain_arguments(asking.get_latent_representation)
-    get_normalized_expression = plain_arguments(asking.get_normalized_expression)
-    get_likelihood_parameters = plain_arguments(asking.get_likelihood_parameters)
-    get_latent_library_size = plain_arguments(asking.get_latent_library_size)
-    posterior_predictive_sample = plain_arguments(asking.posterior_predictive_sample)
-    get_feature_correlation_matrix = plain_arguments(asking.get_feature_correlation_matrix)
-    get_elbo = plain_arguments(asking.get_elbo)
-    get_reconstruction_error = plain_arguments(asking.get_reconstruction_error)
-    get_marginal_ll = plain_arguments(asking.get_marginal_ll)
-    differential_expression = plain_arguments(asking.differential_expression)
 
     @staticmethod
     def prepare_query_anndata(

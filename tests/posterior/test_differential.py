@@ -15,9 +15,9 @@ from sklearn.metrics import roc_auc_score
 
 from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.data.minibatches import CellData
-from pyro_scanvi.posterior import differential, expression
+from pyro_scanvi.posterior import differential, fold_changes
 from pyro_scanvi.posterior.comparisons import Comparison, decoded_batches, find_comparisons
-from pyro_scanvi.posterior.differential import Group, RawStatistics, Settings
+from pyro_scanvi.posterior.fold_changes import Group, RawStatistics, Settings
 
 CHANGE = ["proba_de", "proba_not_de", "bayes_factor", "scale1", "scale2", "pseudocounts", "delta"]
 CHANGE += ["lfc_mean", "lfc_median", "lfc_std", "lfc_min", "lfc_max"]
@@ -99,7 +99,7 @@ def random_groups(n_genes: int = 300, n_draws: int = 40) -> tuple[Group, Group]:
 @pytest.mark.parametrize("test_mode", ["three", "two"])
 def test_change_by_counting(test_mode):
     one, two = random_groups()
-    found = differential.change(
+    found = fold_changes.change(
         one, two, Settings(delta=0.3, pseudocounts=1e-4, test_mode=test_mode)
     )
     for gene in (0, 1, 255, 256, 299):
@@ -128,7 +128,7 @@ def test_change_by_counting(test_mode):
 
 def test_vanilla_by_counting():
     one, two = group([[1, 5, 3], [2, 5, 3]]), group([[0, 6, 4], [3, 4, 5]])
-    found = differential.vanilla(one, two, Settings("vanilla"))
+    found = fold_changes.vanilla(one, two, Settings("vanilla"))
     np.testing.assert_allclose(found["proba_m1"], [0.5, 0.5, 0])
     np.testing.assert_allclose(found["proba_m1"] + found["proba_m2"], 1)
     np.testing.assert_allclose(found["scale2"], [1.5, 5, 4.5])
@@ -140,7 +140,7 @@ def test_swapped_groups(delta):
     """Changes are negated; the probability of a change is the same."""
     one, two = random_groups()
     settings = Settings(delta=delta)
-    there, back = differential.change(one, two, settings), differential.change(two, one, settings)
+    there, back = fold_changes.change(one, two, settings), fold_changes.change(two, one, settings)
     np.testing.assert_allclose(back["proba_de"], there["proba_de"])
     np.testing.assert_allclose(back["lfc_mean"], -there["lfc_mean"])
     np.testing.assert_allclose(back["lfc_max"], -there["lfc_min"])
@@ -149,7 +149,7 @@ def test_swapped_groups(delta):
 
 def test_a_change_of_delta_itself_counts_both_ways():
     one, two = group([[2.0, 1.0]]), group([[1.0, 2.0]])
-    found = differential.change(one, two, Settings(delta=1, pseudocounts=1e-30))
+    found = fold_changes.change(one, two, Settings(delta=1, pseudocounts=1e-30))
     np.testing.assert_array_equal(found["proba_de"], 1)
 
 
@@ -161,7 +161,7 @@ def test_variation_within_the_groups_is_no_change_between_them():
     rng = np.random.default_rng(0)
     one, two = (group(rng.choice([1.0, 2.0], size=(20_000, 1))) for _ in range(2))
     for test_mode, expected in (("three", 0.25), ("two", 0.5)):
-        found = differential.change(one, two, Settings(test_mode=test_mode))["proba_de"]
+        found = fold_changes.change(one, two, Settings(test_mode=test_mode))["proba_de"]
         np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 20_000))
 
 
@@ -169,7 +169,7 @@ def test_calls_by_hand():
     """Expected shares of false calls are .01, .02, .05 and .1625; then 1."""
     proba = np.array([0.5, 0.97, 0.89, 0.99])
     for target, expected in ((0.05, [0, 1, 1, 1]), (0.0499, [0, 1, 0, 1]), (0.001, [0, 0, 0, 0])):
-        found = differential.expected_fdr_calls(proba, target + 1e-12)
+        found = fold_changes.expected_fdr_calls(proba, target + 1e-12)
         np.testing.assert_array_equal(found, np.array(expected, dtype=bool))
 
 
@@ -179,7 +179,7 @@ def test_false_calls_are_as_many_as_announced(target):
     rng = np.random.default_rng(0)
     proba = rng.beta(0.3, 0.5, size=40_000)
     truth = rng.random(40_000) < proba
-    calls = differential.expected_fdr_calls(proba, target)
+    calls = fold_changes.expected_fdr_calls(proba, target)
     error = 5 * np.sqrt(target * (1 - target) / calls.sum())
     assert abs((~truth[calls]).mean() - target) < error + 1 / calls.sum()
 
@@ -190,7 +190,7 @@ def test_of_sure_genes_the_larger_change_comes_first():
     draws = (lambda cells: np.tile(folds, (5, 1))), (lambda cells: np.ones((5, 4)))
     comparison = Comparison(np.array([0]), np.array([1]), ("x", "y"))
     genes = np.array(["up", "down", "same", "less"])
-    table = differential.compare(comparison, draws, np.ones((2, 4)), genes, Settings())
+    table = fold_changes.compare(comparison, draws, np.ones((2, 4)), genes, Settings())
     assert list(table.index) == ["down", "up", "less", "same"]
     assert list(table["is_de_fdr_0.05"]) == [True, True, True, False]
     assert (table["comparison"] == "x vs y").all()
@@ -200,25 +200,25 @@ def test_pseudocounts_from_unexpressed_genes():
     """Largest draws of the unexpressed genes: 3 and 5 in group 1, 7 in group 2."""
     one = group([[1, 3, 9, 2], [2, 1, 9, 5]], mean=[1, 0, 0.01, 0.0099])
     two = group([[7, 1, 1, 1], [1, 1, 1, 1]], mean=[0, 1, 1, 1])
-    assert differential.estimated_pseudocounts(one, two) == pytest.approx(7 / 4)
-    assert differential.estimated_pseudocounts(one, group(two.rho)) == pytest.approx(4.8 / 4)
-    assert differential.estimated_pseudocounts(group(one.rho), group(two.rho)) == 1e-10
+    assert fold_changes.estimated_pseudocounts(one, two) == pytest.approx(7 / 4)
+    assert fold_changes.estimated_pseudocounts(one, group(two.rho)) == pytest.approx(4.8 / 4)
+    assert fold_changes.estimated_pseudocounts(group(one.rho), group(two.rho)) == 1e-10
 
 
 def test_delta_from_the_genes():
     """Three tight clusters of mean changes, at -2, 0 and 3: 0.6 (2 + 3) / 2."""
     shift = np.repeat([-2.0, 0.0, 3.0], [20, 60, 20]) + np.linspace(-0.01, 0.01, 100)
     one, two = group(2.0 ** shift[None]), group(np.ones((1, 100)))
-    assert differential.estimated_delta(one, two, 1e-10) == pytest.approx(1.5, abs=0.01)
+    assert fold_changes.estimated_delta(one, two, 1e-10) == pytest.approx(1.5, abs=0.01)
     near = group(2.0 ** np.linspace(-0.01, 0.01, 100)[None])
-    assert differential.estimated_delta(near, two, 1e-10) == 0.1
+    assert fold_changes.estimated_delta(near, two, 1e-10) == 0.1
     with pytest.raises(InputError, match="delta=None needs 3 genes"):
-        differential.estimated_delta(group([[1, 2]]), group([[1, 2]]), 1e-10)
+        fold_changes.estimated_delta(group([[1, 2]]), group([[1, 2]]), 1e-10)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, csr_matrix, csr_array])
 def test_raw_statistics(kind, monkeypatch):
-    monkeypatch.setattr(differential, "CELLS_AT_ONCE", 7)
+    monkeypatch.setattr(fold_changes, "CELLS_AT_ONCE", 7)
     rng = np.random.default_rng(0)
     counts = rng.poisson(0.7, size=(60, 9)).astype(np.float32)
     counts[:, 0] += 1
@@ -226,7 +226,7 @@ def test_raw_statistics(kind, monkeypatch):
     matrix = kind(counts.copy())
     if kind is not np.asarray:
         matrix.data[3], counts[matrix.nonzero()[0][3], matrix.indices[3]] = 0, 0  # a stored zero
-    found = differential.raw_statistics(matrix, cells)
+    found = fold_changes.raw_statistics(matrix, cells)
     table = pd.DataFrame(counts[cells])
     np.testing.assert_allclose(found.mean, table.mean())
     np.testing.assert_allclose(found.non_zeros, (table > 0).mean())
@@ -258,11 +258,11 @@ class Told:
 
 @pytest.mark.parametrize("batches", [[None], [1], [2, 0], [0, 1, 2]])
 def test_every_cell_is_drawn_as_often_and_batches_come_in_order(model, monkeypatch, batches):
-    monkeypatch.setattr(expression, "count_parameters", Told)
+    monkeypatch.setattr(differential, "count_parameters", Told)
     told = np.arange(20, dtype=np.float32)[:, None]
     data = CellData(csr_matrix(told), batch=np.full(20, 1), label=np.zeros(20, dtype=int))
     cells = np.array([3, 8, 11, 19])
-    found = expression.expression_draws(model.module, data, cells, batches, 30, batch_size=7)
+    found = differential.expression_draws(model.module, data, cells, batches, 30, batch_size=7)
     drawn, times = np.unique(found[:, 0], return_counts=True)
     np.testing.assert_array_equal(drawn, cells)
     assert sorted(times) == [7, 7, 8, 8]
@@ -396,9 +396,9 @@ def test_outliers_are_not_drawn(asked, model, monkeypatch):
         seen.append(cells)
         return original(vae, data, cells, *rest)
 
-    original = expression.expression_draws
+    original = differential.expression_draws
     monkeypatch.setattr(differential, "without_outliers", first_half)
-    monkeypatch.setattr(expression, "expression_draws", draws)
+    monkeypatch.setattr(differential, "expression_draws", draws)
     table = asked(groupby="truth", group1="A", filter_outlier_cells=True)
     assert [len(cells) for cells in seen] == [100, 100]
     monkeypatch.undo()
@@ -507,10 +507,10 @@ def test_groups_that_are_refused(obs, arguments, message):
         ({"batchid1": ["one"]}, "batchid1 is given, but batch_correction is False"),
         (
             {"batch_correction": True, "batchid1": ["tow"]},
-            "'tow' is not a batch; did you mean 'two'",
+            "batchid1: the model does not know 'tow'; did you mean 'two'",
         ),
         ({"batch_correction": True, "batchid1": ["one"]}, "share batches but are not the same"),
-        ({"batch_correction": True, "batchid1": []}, "names no batch"),
+        ({"batch_correction": True, "batchid1": []}, "batchid1 is empty"),
     ],
 )
 def test_arguments_that_are_refused(asked, arguments, message):

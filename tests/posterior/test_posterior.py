@@ -703,7 +703,11 @@ REFUSED = [
     ("get_normalized_expression", {"n_samples": 2.5}, "n_samples=2.5"),
     ("get_normalized_expression", {"n_samples_overall": 0}, "n_samples_overall=0"),
     ("get_normalized_expression", {"n_samples_overall": 3, "n_samples": 2}, "choose one"),
-    ("get_normalized_expression", {"weights": "importance"}, "'importance'.*not offered"),
+    (
+        "get_normalized_expression",
+        {"weights": "importance"},
+        "'importance' is not supported.*prior of z",
+    ),
     (
         "get_normalized_expression",
         {"n_samples": 2, "return_mean": False, "return_numpy": False},
