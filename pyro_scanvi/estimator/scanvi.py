@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,10 @@ from pyro_scanvi.storage.files import user_path
 from pyro_scanvi.storage.storable import storable, storable_names
 from pyro_scanvi.surgery import freezing, growing, query
 from pyro_scanvi.training import runs
-from pyro_scanvi.training.course import Course, default_max_epochs
 from pyro_scanvi.training.history import History
 from pyro_scanvi.training.nonfinite import NonFiniteError
-from pyro_scanvi.training.plan import Plan
-from pyro_scanvi.training.trainer import TrainerOptions
+from pyro_scanvi.training.settings import DataSettings, Plan, TrainerSettings, default_max_epochs
+from pyro_scanvi.training.trainer import free_arguments
 from pyro_scanvi.validation import (
     InputError,
     check_flags,
@@ -57,6 +56,8 @@ FROM_DATA = (
     "n_cats_per_cov",
     "use_size_factor_key",
 )
+
+PLAN_SETTINGS = [field.name for field in fields(Plan)]
 
 # Where they differ from those of SCANVAE, which are scvi-tools' and learn few labelled cells by
 # heart: the encoder then puts them apart from the unlabelled cells of their type.
@@ -361,7 +362,7 @@ class SCANVI(
         check_val_every_n_epoch
             Score the held-out cells every so many epochs.
         plan_kwargs
-            Fields of :class:`~pyro_scanvi.training.plan.Plan`: learning rate, optimiser, KL
+            Fields of :class:`~pyro_scanvi.training.settings.Plan`: learning rate, optimiser, KL
             warm-up, ...
         callbacks, logger
             Lightning's, beside our own; lists, or for the logger one.
@@ -403,11 +404,12 @@ class SCANVI(
             the epochs to come will take more than two minutes.
         """
         check_flags(early_stopping=early_stopping)
+        given = trainer_arguments, trainer_kwargs, progress_bar
         trainer_kwargs, progress_bar = scvi_names.trainer_arguments(
-            SCANVI.train, trainer_arguments, trainer_kwargs, progress_bar
+            SCANVI.train, PLAN_SETTINGS, free_arguments(), *given
         )
         default_epochs = default_max_epochs(len(self._data))
-        course = Course(
+        data_settings = DataSettings(
             max_epochs=default_epochs if max_epochs is None else max_epochs,
             pretrain_epochs=pretrain_epochs,
             train_size=train_size,
@@ -420,7 +422,7 @@ class SCANVI(
             seed=self.seed if seed is None else seed,
             split_seed=self.seed,
         )
-        options = TrainerOptions(
+        trainer_settings = TrainerSettings(
             callbacks=callbacks,
             logger=logger,
             accelerator=accelerator,
@@ -430,14 +432,15 @@ class SCANVI(
             progress_bar=progress_bar,
             trainer_kwargs=trainer_kwargs,
         )
-        self._fit(Plan.of(plan_kwargs or {}), course, options, cell_weights, ckpt_path)
+        plan = Plan.of(plan_kwargs or {})
+        self._fit(plan, data_settings, trainer_settings, cell_weights, ckpt_path)
         return self
 
     def _fit(
         self,
         plan: Plan,
-        course: Course,
-        options: TrainerOptions,
+        data_settings: DataSettings,
+        trainer_settings: TrainerSettings,
         cell_weights: str | Sequence[float] | None,
         ckpt_path: str | Path | None,
     ) -> None:
@@ -446,14 +449,16 @@ class SCANVI(
         rows = self.history.to_dict("records")
         guards = freezing.callbacks(self.module, self.freeze)
         try:
-            runs.fit(self.module, data, plan, course, options, rows, ckpt_path, guards)
+            runs.fit(
+                self.module, data, plan, data_settings, trainer_settings, rows, ckpt_path, guards
+            )
         except NonFiniteError as error:
             error.name(self.adata.obs_names, self.fields.genes)
             raise
         finally:  # what was learned before an error is kept, and told
             self.history = History(rows)
-            self.is_trained |= any(row["split"] == "train" for row in rows)
-        self.training_settings = plan.record() | asdict(course)
+            self.is_trained |= runs.has_learned_labels(rows)
+        self.training_settings = plan.record() | asdict(data_settings)
 
     @property
     def n_epochs_trained(self) -> int:

@@ -5,7 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-SPLITS = ("pretrain_validation", "pretrain", "validation", "train")  # longer names first
+from pyro_scanvi.training.phases import PHASES
+
+SPLITS = sorted((s for p in PHASES for s in (p.name, p.held_out)), key=len, reverse=True)
 KL_LOCAL = "kl_local"  # the sum of our kl_*
 OTHER_NAMES = {"reconstruction_loss": "reconstruction", "classification_loss": "cross_entropy"}
 ELSEWHERE = {  # of scvi-tools, without a curve that is the same

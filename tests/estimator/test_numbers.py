@@ -17,9 +17,7 @@ from pyro_scanvi.estimator.scanvi import FROM_DATA
 from pyro_scanvi.posterior.fold_changes import Settings
 from pyro_scanvi.surgery.freezing import Freeze
 from pyro_scanvi.training.checkpoints import digest
-from pyro_scanvi.training.course import Course
-from pyro_scanvi.training.plan import Plan
-from pyro_scanvi.training.trainer import TrainerOptions
+from pyro_scanvi.training.settings import DataSettings, Plan, TrainerSettings
 from pyro_scanvi.validation import plain, plain_number
 from tests.examples import QUESTIONS, random_cells, simulated, small_vae
 
@@ -311,7 +309,7 @@ def test_what_is_no_number_stays_the_same_object(value):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [Course, Plan, TrainerOptions, Settings, Freeze])
+@pytest.mark.parametrize("settings", [DataSettings, Plan, TrainerSettings, Settings, Freeze])
 def test_settings_of_their_own(settings, kind):
     """Where they are made without an estimator."""
     numbers = numbers_of(settings, without=["early_stopping"])
