@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from pyro_scanvi import SCANVAE, InputError
-from tests.examples import SIZES, enlarged, random_cells, small_vae
 from tests.estimator.test_extension import LearnedMixture
+from tests.examples import SIZES, enlarged, random_cells, small_vae
 
 LIBRARY = {"use_observed_lib_size": False}
 EMBEDDING = {"batch_representation": "embedding", "batch_embedding_kwargs": {"embedding_dim": 3}}
