@@ -59,10 +59,11 @@ FROM_DATA = (
 
 PLAN_SETTINGS = [field.name for field in fields(Plan)]
 
-# Where they differ from those of SCANVAE, which are scvi-tools' and learn few labelled cells by
-# heart: the encoder then puts them apart from the unlabelled cells of their type.
-DEFAULTS = {"n_latent": 20, "dropout_rate": 0.5, "linear_classifier": True}
-FEW_LABELS_PLAN = {"classification_ratio": 500.0}  # for about ten labels of each type
+# Where they differ from those of SCANVAE, which are scvi-tools': with few labels these label other
+# cells better. The encoder learns the labelled cells by heart all the same: in the latent space
+# they lie apart from the unlabelled cells of their type.
+DEFAULTS: dict[str, Any] = {"n_latent": 20, "dropout_rate": 0.5, "linear_classifier": True}
+FEW_LABELS_PLAN: dict[str, Any] = {"classification_ratio": 500.0}  # for about ten of each type
 
 
 class SCANVI(
@@ -120,10 +121,17 @@ class SCANVI(
 
     Examples
     --------
-    >>> SCANVI.setup_anndata(adata, labels_key="cell_type", unlabeled_category="Unknown")
+    >>> from pyro_scanvi import SCANVI, datasets
+    >>> adata = datasets.pbmc68k_counts()
+    >>> adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], n_per_label=10, seed=0)
+    >>> SCANVI.setup_anndata(adata, labels_key="given", unlabeled_category="Unknown")
     >>> model = SCANVI(adata)
-    >>> model.train()
+    >>> model = model.train(max_epochs=1, progress_bar=False)  # 150 in earnest
     >>> adata.obs["predicted"] = model.predict()
+    >>> model.predict(soft=True).shape  # cells by types
+    (700, 10)
+    >>> model.get_latent_representation().shape
+    (700, 20)
     """
 
     def __init__(

@@ -35,6 +35,19 @@ class History(pd.DataFrame):
     ------
     KeyError
         For a name without a curve; it names those that there are.
+
+    Examples
+    --------
+    >>> splits = ["train", "validation"] * 2
+    >>> elbo = [-310.0, -305.0, -290.0, -288.0]
+    >>> history = History({"epoch": [0, 0, 1, 1], "split": splits, "elbo": elbo})
+    >>> history["elbo_validation"]
+           elbo_validation
+    epoch
+    0               -305.0
+    1               -288.0
+    >>> history["elbo"].tolist()
+    [-310.0, -305.0, -290.0, -288.0]
     """
 
     @property
