@@ -20,7 +20,6 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_scanvi.model.scanvae import SCANVAE
-from pyro_scanvi.model.scvi_interface import cells_from_tensors
 
 TOLERANCE = 1e-4
 GIVEN = ("kwargs", "classes", "weight/", "input/", "noise/")
@@ -90,7 +89,7 @@ def _counts(vae: SCANVAE, reference: Reference, inference: dict, covariates: dic
     log_size = None if size_factor is None else size_factor.log()
     z, library = inference["z"], inference["library"]
     px = vae.generative(z, library, **covariates, size_factor=log_size, y=inputs["labels"])["px"]
-    cells = cells_from_tensors(vae, inputs)
+    cells = vae.cells_from_tensors(inputs)
     found = {
         "p_x/mu": px.mu,
         "p_x/rate": px.mu,

@@ -19,11 +19,12 @@ from pyro_scanvi.data.fields import UNS_KEY, WRITTEN, Fields, weights_of
 from pyro_scanvi.data.minibatches import CellData, library_prior, split
 from pyro_scanvi.estimator import summary
 from pyro_scanvi.estimator.saved import Saved
-from pyro_scanvi.model import scvi_interface
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.names import first
 from pyro_scanvi.posterior import asking
 from pyro_scanvi.scvi_tools import names as scvi_names
+from pyro_scanvi.scvi_tools.saves import read_save
+from pyro_scanvi.scvi_tools.weights import shared_state
 from pyro_scanvi.storage import models
 from pyro_scanvi.storage.files import user_path
 from pyro_scanvi.storage.storable import storable, storable_names
@@ -159,7 +160,7 @@ class SCANVI(metaclass=scvi_names.Names):
             If the folder holds no SCANVI, or genes or categories differ; it counts and lists them.
         """
         scvi_names.check_saved(directory)
-        save = scvi_interface.read_scvi_save(directory, prefix)
+        save = read_save(directory, prefix)
         if save.model_name != "SCANVI":
             raise InputError(
                 f"{directory} holds a {save.model_name}; start from it with from_scvi_model"
@@ -203,13 +204,13 @@ class SCANVI(metaclass=scvi_names.Names):
             If the folder holds no SCVI, genes or categories differ, or the labels are no labels.
         """
         scvi_names.check_saved(directory)
-        save = scvi_interface.read_scvi_save(directory, prefix)
+        save = read_save(directory, prefix)
         if save.model_name != "SCVI":
             raise InputError(f"{directory} holds a {save.model_name}; open it with load_scvi_tools")
         fields = Fields(**save.fields()).labelled_by(adata, labels_key, unlabeled_category)
         with fields.noted(adata):
             model = cls(adata, seed=seed, **_explicit(save.arguments()))
-        shared = scvi_interface.shared_state(model.module, save.state_dict)
+        shared = shared_state(model.module.state_dict(), save.state_dict)
         model.module.load_state_dict(shared, strict=False)
         return model
 

@@ -109,6 +109,7 @@ class HiddenLayers(nn.Module):
     def _joined(self, x: Tensor, covariates: Tensor | None) -> Tensor:
         if not self.n_covariates:
             return x
+        assert covariates is not None, "the network was made for covariates"
         shape = torch.broadcast_shapes(x.shape[:-1], covariates.shape[:-1])
         covariates = covariates.to(x.dtype).expand(*shape, -1)
         return torch.cat([x.expand(*shape, -1), covariates], dim=-1)
@@ -256,9 +257,9 @@ class CovariateEncoder(nn.Module):
         batch_embedding_dim: int | None = None,
     ):
         super().__init__()
-        embedded = batch_embedding_dim is not None
-        self.embedding = nn.Embedding(n_batch, batch_embedding_dim) if embedded else None
-        self.n_categories = (0 if embedded else n_batch, *n_cats_per_cov)
+        dim = batch_embedding_dim
+        self.embedding = None if dim is None else nn.Embedding(n_batch, dim)
+        self.n_categories = (n_batch if dim is None else 0, *n_cats_per_cov)
         self.n_dense = n_continuous + (batch_embedding_dim or 0)
         # A covariate of one category says nothing.
         self.n_one_hot = sum(n for n in self.n_categories if n > 1)

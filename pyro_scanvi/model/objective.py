@@ -18,15 +18,14 @@ from dataclasses import dataclass
 
 import torch
 from pyro.distributions import OneHotCategorical
-from pyro.infer import TraceEnum_ELBO
-from pyro.infer.traceenum_elbo import _compute_dice_elbo
-from pyro.ops import packed
+from pyro.infer.elbo import ELBOModule
 from pyro.poutine import Trace
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn.functional import cross_entropy
 
 from pyro_scanvi.data.minibatches import UNLABELED, Cells
+from pyro_scanvi.model.pyro_internals import RevisedELBO, Site, set_log_prob, sites
 
 SMALLEST_WEIGHT = 1e-30  # a minibatch without labels has no classification term
 
@@ -63,26 +62,20 @@ class ObjectiveParts:
         return -self.reconstruction - sum(self.kl.values())
 
 
-class BoundModule(nn.Module):
+class BoundModule(ELBOModule):
     """The objective bound to a model and a guide: ``bound(cells)`` is a differentiable loss.
 
-    It owns no parameters: hand those of the network to an optimiser.
+    Of methods of a network it owns no parameters: hand those of the network to an optimiser.
     """
 
-    def __init__(self, elbo: "SemiSupervisedELBO", model: Callable, guide: Callable):
-        super().__init__()
-        self.elbo, self.model, self.guide = elbo, model, guide
-
-    def forward(self, cells: Cells) -> Tensor:
-        """Loss, a scalar."""
-        return self.parts(cells).loss
+    elbo: "SemiSupervisedELBO"
 
     def parts(self, cells: Cells) -> ObjectiveParts:
         """Loss and its parts."""
         return self.elbo.parts(self.model, self.guide, cells)
 
 
-class SemiSupervisedELBO(TraceEnum_ELBO):
+class SemiSupervisedELBO(RevisedELBO):
     """ELBO with enumerated labels, closed-form KLs, a KL weight, and a classification term.
 
     Use it as any Pyro loss, ``SVI(vae.model, vae.guide, optim, SemiSupervisedELBO(vae.q_y))``, or
@@ -126,13 +119,13 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
 
     def __call__(self, model: Callable, guide: Callable) -> BoundModule:
         """Bind to a model and a guide, for use under a torch optimiser."""
-        return BoundModule(self, model, guide)
+        return BoundModule(model, guide, self)  # type: ignore[arg-type]  # methods will do
 
     def parts(self, model: Callable, guide: Callable, cells: Cells) -> ObjectiveParts:
         """Run guide and model on a minibatch; the loss and its parts."""
         seen = cells if self.feed_labels else cells.hide_labels()
-        model_trace, guide_trace = next(self._get_traces(model, guide, (seen,), {}))
-        elbo = _compute_dice_elbo(model_trace, guide_trace) / cells.n_obs
+        model_trace, guide_trace = self.traces(model, guide, seen)
+        elbo = self.bound(model_trace, guide_trace) / cells.n_obs
         logits, wrong = self._classify(guide_trace, cells)
         weight = _classification_weight(cells)
         classification = (weight * wrong).sum() / weight.sum().clamp(min=SMALLEST_WEIGHT)
@@ -148,7 +141,7 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
         """Logits at the mean of q(z | x), and the cross-entropy of each cell, (N,)."""
         if self.classifier is None:
             return None, cells.x.new_zeros(len(cells))
-        logits = self.classifier(guide_trace.nodes["z"]["fn"].mean).logits
+        logits = self.classifier(sites(guide_trace)["z"]["fn"].mean).logits
         return logits, cross_entropy(logits, cells.label, ignore_index=UNLABELED, reduction="none")
 
     def differentiable_loss(self, model, guide, cells: Cells) -> Tensor:
@@ -165,18 +158,14 @@ class SemiSupervisedELBO(TraceEnum_ELBO):
         loss.backward()
         return loss.item()
 
-    def _get_trace(self, model, guide, args, kwargs) -> tuple[Trace, Trace]:
-        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
-        # Their log probability is 0, which Pyro gives in float32 even where the model is float64.
-        for name, site in list(model_trace.nodes.items()):
-            if site.get("infer", {}).get("_deterministic"):
-                model_trace.remove_node(name)
-        for name in self.closed_form.intersection(guide_trace.nodes):
-            _close(model_trace.nodes[name], guide_trace.nodes[name])
+    def revise(self, model_trace: Trace, guide_trace: Trace) -> None:
+        """Closed forms first, then the weight of the KLs."""
+        p, q = sites(model_trace), sites(guide_trace)
+        for name in self.closed_form.intersection(q):
+            _close(p[name], q[name])
         if self.kl_weight != 1:
-            for name in self.weighted.intersection(model_trace.nodes):
-                _weigh(model_trace.nodes[name], guide_trace.nodes.get(name), self.kl_weight)
-        return model_trace, guide_trace
+            for name in self.weighted.intersection(p):
+                _weigh(p[name], q.get(name), self.kl_weight)
 
 
 def _classification_weight(cells: Cells) -> Tensor:
@@ -185,7 +174,7 @@ def _classification_weight(cells: Cells) -> Tensor:
     return counted.to(cells.x.dtype) if cells.weight is None else counted * cells.weight
 
 
-def _close(p: dict, q: dict) -> None:
+def _close(p: Site, q: Site) -> None:
     """Put -KL(q || p) for log p and 0 for log q at a site, if a closed form is known."""
     try:
         kl = kl_divergence(q["fn"], p["fn"])
@@ -193,34 +182,26 @@ def _close(p: dict, q: dict) -> None:
         return
     for site, log_prob in ((p, -kl), (q, torch.zeros_like(kl))):
         site["unscaled_log_prob"] = log_prob
-        _pack(site, log_prob)
+        set_log_prob(site, log_prob)
 
 
-def _weigh(p: dict, q: dict | None, weight: float) -> None:
+def _weigh(p: Site, q: Site | None, weight: float) -> None:
     """Weigh log p - log q at a site, in log p only: log q also carries enumeration's weights."""
     log_q = 0.0 if q is None else q["unscaled_log_prob"]
-    _pack(p, weight * (p["unscaled_log_prob"] - log_q) + log_q)
-
-
-def _pack(site: dict, log_prob: Tensor) -> None:
-    """Store the log probability of a site, scaled and masked, as TraceEnum_ELBO reads it."""
-    if isinstance(site["mask"], Tensor):
-        log_prob = torch.where(site["mask"], log_prob, torch.zeros_like(log_prob))
-    site["packed"]["log_prob"] = packed.pack(
-        log_prob * site["scale"], site["infer"]["_dim_to_symbol"]
-    )
+    set_log_prob(p, weight * (p["unscaled_log_prob"] - log_q) + log_q)
 
 
 def _expected_costs(model_trace: Trace, guide_trace: Trace, n_cells: int) -> dict[str, dict]:
     """For each site E_q[log q - log p] (for x, -log p), over all enumerated sites of the guide."""
     weight = _enumeration_weight(guide_trace)
     costs: dict[str, dict] = {"local": {}, "global": {}}
-    for name, site in model_trace.nodes.items():
+    posterior = sites(guide_trace)
+    for name, site in sites(model_trace).items():
         if site["type"] != "sample":
             continue
         cost = -_masked(site)
-        if name in guide_trace.nodes:
-            cost = cost + _masked(guide_trace.nodes[name])
+        if name in posterior:
+            cost = cost + _masked(posterior[name])
         if all(plate.name != "cells" for plate in site["cond_indep_stack"]):
             costs["global"][name] = cost.sum()
             continue
@@ -233,13 +214,13 @@ def _expected_costs(model_trace: Trace, guide_trace: Trace, n_cells: int) -> dic
 def _enumeration_weight(guide_trace: Trace) -> Tensor:
     """Probability of each combination of enumerated values, (..., N); 1 if there is none."""
     log_weight = torch.zeros(())
-    for site in guide_trace.nodes.values():
+    for site in sites(guide_trace).values():
         if site["type"] == "sample" and site["infer"].get("enumerate"):
             log_weight = log_weight + site["unscaled_log_prob"]
     return log_weight.exp()
 
 
-def _masked(site: dict) -> Tensor:
+def _masked(site: Site) -> Tensor:
     log_prob = site["unscaled_log_prob"]
     if not isinstance(site["mask"], Tensor):
         return log_prob

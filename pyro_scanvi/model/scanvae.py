@@ -16,21 +16,28 @@ Batch is s, further covariates are c. Xu et al. (2021), Mol Syst Biol 17:e9620; 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import LogNormal, Normal, OneHotCategorical, TorchDistribution
-from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent
-from torch.distributions import LogNormal as TorchLogNormal
 from torch.nn.functional import one_hot
 
 from pyro_scanvi import validation
 from pyro_scanvi.data.minibatches import Cells
+from pyro_scanvi.model.construction import (
+    DataSizes,
+    Layers,
+    check_one_size,
+    covariate_encoder,
+    encoder,
+    label_classifier,
+    latent_transform,
+    library_priors,
+    likelihood_of,
+)
 from pyro_scanvi.model.growth import (
     ByBatch,
     ByCovariates,
@@ -42,37 +49,17 @@ from pyro_scanvi.model.growth import (
 )
 from pyro_scanvi.model.likelihoods import (
     DISPERSIONS,
-    GENE_LIKELIHOODS,
     CountParameters,
-    GeneLabelDispersion,
     GeneLikelihood,
     Sizes,
+    reads_label,
 )
-from pyro_scanvi.model.networks import (
-    Classifier,
-    CountDecoder,
-    CovariateEncoder,
-    GroupedClassifier,
-    HiddenLayers,
-    NormalNetwork,
-)
-
-if TYPE_CHECKING:
-    from pyro_scanvi.model.scvi_interface import LossRecord
-
-ENCODER_VAR_EPS = 1e-4
-EMBEDDING_DIM = 5
-NORM_PLACES = {
-    "encoder": (True, False),
-    "decoder": (False, True),
-    "both": (True, True),
-    "none": (False, False),
-}
-LATENT_TRANSFORMS = {"normal": nn.Identity, "ln": lambda: nn.Softmax(-1)}
-BATCH_REPRESENTATIONS = {"one-hot": False, "embedding": True}
+from pyro_scanvi.model.networks import CountDecoder, NormalNetwork
+from pyro_scanvi.model.pyro_internals import announce
+from pyro_scanvi.model.scvi_interface import PiecewiseInterface
 
 
-class SCANVAE(nn.Module):
+class SCANVAE(PiecewiseInterface):
     """The model, the guide and their networks; the interface of scvi-tools' SCANVAE.
 
     To change a factor, override its method (``p_u``, ``p_z``, ``q_z``, ...): it takes its parents
@@ -142,7 +129,32 @@ class SCANVAE(nn.Module):
         For an unknown argument; the error names the nearest.
     ValueError
         For a wrong size, value or combination.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pyro_scanvi import SCANVAE, Cells, SemiSupervisedELBO
+    >>> vae = SCANVAE(n_input=5, n_labels=2, n_hidden=4, n_latent=2)
+    >>> label = torch.tensor([0, 1, -1, -1, -1, -1])  # -1 is not known
+    >>> cells = Cells.from_counts(torch.ones(6, 5), label=label)
+    >>> objective = SemiSupervisedELBO(vae.q_y)(vae.model, vae.guide)
+    >>> objective(cells).backward()
+    >>> vae.classify(cells.x).softmax(-1).shape
+    torch.Size([6, 2])
+
+    Another prior of u, and nothing else:
+
+    >>> from pyro.distributions import StudentT
+    >>> class HeavyTailed(SCANVAE):
+    ...     def p_u(self):
+    ...         zero = self.y_prior.new_zeros(self.n_latent)
+    ...         return StudentT(4.0, zero, zero + 1).to_event(1)
+    >>> HeavyTailed(n_input=5, n_labels=2, n_latent=2).p_u().base_dist.df
+    tensor([4., 4.])
     """
+
+    library_log_means: Tensor  # of a latent library
+    library_log_vars: Tensor
 
     @validation.plain_arguments
     def __init__(
@@ -183,37 +195,88 @@ class SCANVAE(nn.Module):
     ):
         super().__init__()
         validation.check_arguments(SCANVAE, unknown)
-        validation.check_rate(dropout_rate=dropout_rate)
-        self._set_data_sizes(n_input, n_batch, n_labels, n_continuous_cov, n_cats_per_cov)
-        self._set_network_sizes(n_hidden, n_latent, n_layers)
+        validation.check_at_least(1, n_latent=n_latent)
+        categories = tuple(n_cats_per_cov or ())
+        sizes = DataSizes(n_input, n_batch, n_labels, n_continuous_cov, categories)
+        layers = Layers(n_hidden, n_layers, dropout_rate, use_batch_norm, use_layer_norm)
+        self.n_input, self.n_batch, self.n_labels = n_input, max(n_batch, 1), n_labels
+        self.n_continuous_cov, self.n_cats_per_cov = n_continuous_cov, categories
+        self.n_hidden, self.n_latent, self.n_layers = n_hidden, n_latent, n_layers
         self.dropout_rate, self.deep = dropout_rate, deeply_inject_covariates
         self.log_variational, self.encode_covariates = log_variational, encode_covariates
-        self._norms = _norms(use_batch_norm, use_layer_norm)
         self._set_library(
             use_observed_lib_size, use_size_factor_key, library_log_means, library_log_vars
         )
         self.register_buffer("y_prior", validation.checked_label_prior(y_prior, n_labels))
-        self.state = validation.look_up(
-            LATENT_TRANSFORMS, latent_distribution, "latent_distribution"
-        )()
-        self._build_covariates(batch_representation, batch_embedding_kwargs)
-        self._build_encoders(var_activation or torch.exp, extra_encoder_kwargs)
-        self._build_classifier(
-            classifier_parameters,
-            linear_classifier,
-            validation.checked_label_groups(labels_groups, use_labels_groups, n_labels),
+        self.state = latent_transform(latent_distribution)
+        self.covariates = covariate_encoder(sizes, batch_representation, batch_embedding_kwargs)
+        self._build_encoders(layers, var_activation or torch.exp, extra_encoder_kwargs)
+        groups = validation.checked_label_groups(labels_groups, use_labels_groups, n_labels)
+        self.classifier = label_classifier(
+            layers, n_latent, n_labels, classifier_parameters, linear_classifier, groups
         )
-        self._build_decoders(gene_likelihood, dispersion, extra_decoder_kwargs)
+        self._build_decoders(layers, gene_likelihood, dispersion, extra_decoder_kwargs)
+
+    def _set_library(self, observed: bool, size_factor: bool, means: Any, variances: Any) -> None:
+        check_one_size(size_factor, observed)
+        self.use_size_factor_key = size_factor
+        self.latent_library = not (observed or size_factor)
+        priors = library_priors(self.latent_library, self.n_batch, means, variances)
+        for name, prior in priors.items():
+            self.register_buffer(name, prior)
+
+    def _build_encoders(
+        self, layers: Layers, var_activation: Callable, extra: Mapping[str, Any] | None
+    ) -> None:
+        given = validation.checked_layer_arguments(extra, "extra_encoder_kwargs")
+        settings = {"deep": self.deep} | given
+        n_in = self.n_input
+        if self.encode_covariates:
+            n_in += self.covariates.n_dense
+            settings["n_covariates"] = self.covariates.n_one_hot
+        hidden = layers.encoder(n_in, **settings)
+        self.z_encoder = encoder(hidden, self.n_latent, var_activation)
+        if self.latent_library:
+            hidden = layers.encoder(n_in, **(settings | {"n_layers": 1}))
+            self.l_encoder = encoder(hidden, 1, var_activation)
+        hidden = layers.encoder(self.n_latent, n_covariates=self.n_labels)
+        self.u_encoder = encoder(hidden, self.n_latent)
+
+    def _build_decoders(
+        self,
+        layers: Layers,
+        gene_likelihood: str | GeneLikelihood | Callable,
+        dispersion: str | Callable[[Sizes], nn.Module],
+        extra: Mapping[str, Any] | None,
+    ) -> None:
+        self.likelihood = likelihood_of(gene_likelihood)
+        make_dispersion = validation.look_up(DISPERSIONS, dispersion, "dispersion")
+        hidden = layers.decoder(self.n_latent, n_covariates=self.n_labels)
+        self.z_decoder = NormalNetwork(hidden, self.n_latent)
+        hidden = layers.decoder(
+            self.n_latent + self.covariates.n_dense,
+            n_covariates=self.covariates.n_one_hot,
+            deep=self.deep,
+            **validation.checked_layer_arguments(extra, "extra_decoder_kwargs"),
+        )
+        activation = nn.Softplus() if self.use_size_factor_key else nn.Softmax(-1)
+        self.x_decoder = CountDecoder(hidden, self.n_input, activation, self.likelihood.uses_gate)
+        if self.likelihood.uses_theta:
+            sizes = Sizes(self.n_input, self.n_batch, self.n_labels, hidden.n_out)
+            self.dispersion = make_dispersion(sizes)
 
     # ---- the model: p(u) p(y) p(z | u, y) p(l | s) p(x | z, l, y, s, c) ---------------------
 
     def model(self, cells: Cells) -> None:
         """The generative story of a minibatch, with the counts and the known labels observed."""
-        self._announce_parameters()
+        announce(self, "scanvae")
         with self.plate(cells):
             u = pyro.sample("u", self.p_u())  # N | K
             y = pyro.sample(  # N | L
-                "y", self.p_y(), obs=self.one_hot_labels(cells), obs_mask=cells.labelled
+                "y",
+                self.p_y(),
+                obs=self.one_hot_labels(cells),
+                obs_mask=cells.labelled,  # type: ignore[arg-type]  # comparisons are Tensors
             )
             z = pyro.sample("z", self.p_z(u, y))  # N | K
             library = self.observed_library(cells)  # N, 1
@@ -264,7 +327,7 @@ class SCANVAE(nn.Module):
         with self.plate(cells):
             z = pyro.sample("z", self.q_z(cells))  # N | K
             # Without the mask, labelled cells would gain an entropy term.
-            with poutine.mask(mask=~labelled):
+            with poutine.mask(mask=~labelled):  # type: ignore[call-overload]
                 y = pyro.sample("y_unobserved", self.q_y(z), infer={"enumerate": "parallel"})
             y = torch.where(labelled.unsqueeze(-1), self.one_hot_labels(cells), y)  # L, N, L
             pyro.sample("u", self.q_u(z, y))  # L, N | K
@@ -278,6 +341,12 @@ class SCANVAE(nn.Module):
     def q_y(self, z: Tensor) -> TorchDistribution:
         """q(y | z) = Categorical(softmax f(z)), the classifier; batch (..., N) event (L,)."""
         return OneHotCategorical(logits=self.classifier(self.state(z)))
+
+    def label_logits(self, z: Tensor) -> Tensor:
+        """Logits of q(y | z), (..., N, L), as the classifier gives them: not normalised."""
+        if type(self).q_y is not SCANVAE.q_y:  # a factor of one's own is asked itself
+            return self.q_y(z).logits
+        return self.classifier(self.state(z))
 
     def q_u(self, z: Tensor, y: Tensor) -> TorchDistribution:
         """q(u | z, y) = N(m(z, y), v(z, y) + 1e-4); batch (..., N) event (K,)."""
@@ -294,6 +363,11 @@ class SCANVAE(nn.Module):
         if self.use_size_factor_key:
             return cells.size_factor
         return None if self.latent_library else cells.x.sum(-1, keepdim=True)
+
+    @property
+    def reads_label(self) -> bool:
+        """Whether p(x | z, l, y, s, c) depends on the label, by its dispersion."""
+        return reads_label(getattr(self, "dispersion", None))
 
     def one_hot_labels(self, cells: Cells) -> Tensor:
         """Known labels as one-hot, (N, L); what stands for an unknown one is not to be read."""
@@ -316,16 +390,7 @@ class SCANVAE(nn.Module):
         x = self.covariates.dense(x, cells.batch, cells.continuous)
         return x, self.covariates.one_hot(cells.batch, cells.categorical)
 
-    def _announce_parameters(self) -> None:
-        """Show Pyro the module's own parameters as `param` sites.
-
-        SVI collects and steps what it is shown; nothing goes into the global store.
-        """
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                shown = parameter.detach()
-                shown.unconstrained = lambda parameter=parameter: parameter
-                effectful(lambda shown=shown: shown, type="param")(name=f"scanvae.{name}")
+    # ---- how it grows -----------------------------------------------------------------------
 
     def growth(self) -> dict[str, Growth]:
         """How parameters and buffers grow with new labels, batches and categories.
@@ -348,443 +413,3 @@ class SCANVAE(nn.Module):
             "library_log_vars": ByBatch(dim=0, start=from_the_data),
             **told(self),
         }
-
-    # ---- the interface of scvi-tools' SCANVAE -----------------------------------------------
-
-    def classify(
-        self,
-        x: Tensor,
-        batch_index: Tensor | None = None,
-        cont_covs: Tensor | None = None,
-        cat_covs: Tensor | None = None,
-        use_posterior_mean: bool = True,
-    ) -> Tensor:
-        """Logits of q(y | z) at the mean of q(z | x), or at a sample of it, (N, L).
-
-        Their softmax are the probabilities, with groups of labels too.
-
-        Parameters
-        ----------
-        x
-            Counts, (N, G).
-        batch_index
-            Batch codes, (N, 1) or (N,); may be left out unless the encoder reads them.
-        cont_covs, cat_covs
-            Values (N, C) and codes (N, D) of further covariates; likewise.
-        use_posterior_mean
-            Classify the mean, not a sample.
-
-        Raises
-        ------
-        ValueError
-            For wrong sizes, codes out of range, or covariates other than announced.
-        """
-        q_z = self.q_z(self._encoder_cells(x, batch_index, cont_covs, cat_covs))
-        z = q_z.mean if use_posterior_mean else q_z.rsample()
-        if type(self).q_y is not SCANVAE.q_y:  # a factor of one's own is asked itself
-            return self.q_y(z).logits
-        return self.classifier(self.state(z))
-
-    def inference(
-        self,
-        x: Tensor,
-        batch_index: Tensor | None = None,
-        cont_covs: Tensor | None = None,
-        cat_covs: Tensor | None = None,
-        n_samples: int = 1,
-    ) -> dict[str, Any]:
-        """Samples of q(z | x, s, c) and of log l; arguments as in :meth:`classify`.
-
-        Returns
-        -------
-        dict
-            ``z`` (N, K), before the softmax of ``latent_distribution="ln"``; ``qz``, its Normal;
-            ``library``, the log of the total count or of a sample of l, (N, 1); ``ql``, the Normal
-            of log l, None where the library is observed. With more than one sample, z and library
-            have ``n_samples`` in front.
-
-        Raises
-        ------
-        ValueError
-            As :meth:`classify`.
-        """
-        validation.check_at_least(1, n_samples=n_samples)
-        cells = self._encoder_cells(x, batch_index, cont_covs, cat_covs)
-        q_z, q_l = self.q_z(cells), self.q_l(cells) if self.latent_library else None
-        many = (n_samples,) if n_samples > 1 else ()
-        if q_l is None:
-            library = cells.x.sum(-1, keepdim=True).log().expand(*many, -1, -1)
-        else:
-            library = q_l.rsample(many).log()
-        ql = None if q_l is None else _of_log(_dimensionwise(q_l))
-        return {"z": q_z.rsample(many), "qz": _dimensionwise(q_z), "ql": ql, "library": library}
-
-    def generative(
-        self,
-        z: Tensor,
-        library: Tensor,
-        batch_index: Tensor,
-        cont_covs: Tensor | None = None,
-        cat_covs: Tensor | None = None,
-        size_factor: Tensor | None = None,
-        y: Tensor | None = None,
-        transform_batch: int | None = None,
-    ) -> dict[str, Any]:
-        """Distribution of the counts given z and l.
-
-        Parameters
-        ----------
-        z, library
-            As from :meth:`inference`, (..., N, K) and (..., N, 1); library is a logarithm.
-        batch_index, cont_covs, cat_covs
-            Batch codes, (N, 1) or (N,), and further covariates, (N, C) and (N, D).
-        size_factor
-            Log of the given size factors, (N, 1); read instead of `library` where the model was
-            built with ``use_size_factor_key``.
-        y
-            Label codes, (N, 1) or (N,); read where the dispersion belongs to a label.
-        transform_batch
-            Decode every cell as if it were of this batch.
-
-        Returns
-        -------
-        dict
-            ``px``, of batch shape (..., N, G); ``pl``, the Normal of log l, None where the library
-            is observed; ``pz``, N(0, I), which is scVI's prior and kept for the interface:
-            that of this model is :meth:`p_z`.
-
-        Raises
-        ------
-        ValueError
-            For wrong sizes, codes out of range, covariates other than announced, a size factor or
-            labels that are needed and not given.
-        """
-        validation.check_latents(z, library, self.n_latent)
-        covariates = (cont_covs, cat_covs)
-        cells = self._decoder_cells(z, batch_index, y, *covariates, log_size_factor=size_factor)
-        if transform_batch is not None:
-            cells = replace(cells, batch=torch.full_like(cells.batch, transform_batch))
-            validation.check_codes("transform_batch", cells.batch, len(cells), self.n_batch)
-        size = cells.size_factor if self.use_size_factor_key else library.exp()
-        px = self.p_x(z, size, self.one_hot_labels(cells), cells)
-        pl = _of_log(_dimensionwise(self.p_l(cells))) if self.latent_library else None
-        pz = Normal(torch.zeros_like(z), torch.ones_like(z))
-        return {"px": _dimensionwise(px), "pl": pl, "pz": pz}
-
-    def loss(
-        self,
-        tensors: Mapping[str, Tensor],
-        inference_outputs: Mapping[str, Any],
-        generative_outputs: Mapping[str, Any] | None = None,
-        feed_labels: bool = False,
-        kl_weight: float = 1.0,
-        labelled_tensors: Mapping[str, Tensor] | None = None,
-        classification_ratio: float | None = None,
-    ) -> "LossRecord":
-        """Training objective at given samples of z and l, which :meth:`guide` then replays.
-
-        Parameters
-        ----------
-        tensors
-            A minibatch by scvi-tools' names: ``X``, ``batch``, ``labels`` (any code outside
-            0..L-1 is unlabelled), ``extra_continuous_covs``, ``extra_categorical_covs``,
-            ``size_factor``.
-        inference_outputs
-            What :meth:`inference` made of it.
-        generative_outputs
-            Part of the interface, not read: :meth:`model` computes p(x | z, l) itself.
-        feed_labels, kl_weight
-            As in :class:`~pyro_scanvi.SemiSupervisedELBO`.
-        labelled_tensors
-            A minibatch for the classification term; without it there is none.
-        classification_ratio
-            Weight of that term; None is the default of the objective, 50.
-
-        Returns
-        -------
-        LossRecord
-            The loss, with a gradient, and its parts.
-
-        Raises
-        ------
-        ValueError
-            If tensors, z or library do not fit the model, or nothing is labelled in
-            `labelled_tensors`.
-        """
-        from pyro_scanvi.model import scvi_interface
-
-        return scvi_interface.loss(
-            self,
-            tensors,
-            inference_outputs,
-            feed_labels,
-            kl_weight,
-            labelled_tensors,
-            classification_ratio,
-        )
-
-    def sample(self, tensors: Mapping[str, Tensor], n_samples: int = 1) -> Tensor:
-        """Counts from the posterior predictive distribution p(x' | x), on the CPU.
-
-        Parameters
-        ----------
-        tensors
-            As in :meth:`loss`.
-        n_samples
-            Draws for each cell.
-
-        Returns
-        -------
-        Tensor
-            (N, G); with more than one sample (N, G, n_samples).
-
-        Raises
-        ------
-        ValueError
-            If the tensors do not fit the model.
-        """
-        from pyro_scanvi.model import scvi_interface
-
-        return scvi_interface.sample(self, tensors, n_samples)
-
-    @classmethod
-    def from_scvi_tools(cls, state_dict: Mapping[str, Tensor], **kwargs: Any) -> "SCANVAE":
-        """A model with the weights of scvi-tools' SCANVAE, in eval mode.
-
-        Versions before 1.1 end their classifier in a softmax (``logits=False``): their
-        probabilities are the softmax of our logits.
-
-        Parameters
-        ----------
-        state_dict
-            ``module.state_dict()`` of a SCANVAE of scvi-tools.
-        **kwargs
-            The arguments that it was made with; the priors of labels and library come from
-            `state_dict`.
-
-        Raises
-        ------
-        ValueError
-            If keys are missing, unexpected or of another shape; it counts and lists them.
-        TypeError
-            For an unknown argument.
-        """
-        from pyro_scanvi.model import scvi_interface
-
-        return scvi_interface.load_scvi_tools(cls, state_dict, **kwargs)
-
-    def to_scvi_tools(self) -> dict[str, Tensor]:
-        """State dict for a SCANVAE of scvi-tools made with the same arguments.
-
-        Heads that scvi-tools owns and does not use, and we do not own, are filled with zeros.
-
-        Raises
-        ------
-        ValueError
-            If scvi-tools has no place for a part of this model.
-        """
-        from pyro_scanvi.model import scvi_interface
-
-        return scvi_interface.to_scvi_tools(self)
-
-    def cells(
-        self,
-        x: Tensor,
-        batch_index: Tensor | None = None,
-        y: Tensor | None = None,
-        cont_covs: Tensor | None = None,
-        cat_covs: Tensor | None = None,
-        size_factor: Tensor | None = None,
-        **read: bool,
-    ) -> Cells:
-        """Cells for :meth:`model` and :meth:`guide`, after a check that they fit.
-
-        Parameters
-        ----------
-        x
-            Counts, (N, G).
-        batch_index, y
-            Codes of batch and label, (N, 1) or (N,); any label outside 0..L-1 is unlabelled.
-        cont_covs, cat_covs, size_factor
-            Further covariates, (N, C) and (N, D), and size factors, (N, 1).
-        **read
-            ``covariates=False`` or ``size_factors=False`` if they may be missing.
-
-        Raises
-        ------
-        ValueError
-            For wrong sizes, codes out of range, or covariates other than announced.
-        """
-        dtype = self.y_prior.dtype
-        cells = Cells.from_counts(
-            x.to(dtype),
-            None if batch_index is None else validation.flat("batch_index", batch_index),
-            None if y is None else validation.known_labels("labels", y, self.n_labels),
-            continuous=None if cont_covs is None else cont_covs.to(dtype),
-            categorical=None if cat_covs is None else validation.whole("cat_covs", cat_covs),
-            size_factor=None if size_factor is None else size_factor.to(dtype),
-        )
-        validation.check_cells(self, cells, batch_given=batch_index is not None, **read)
-        return cells
-
-    def _encoder_cells(self, x: Tensor, batch_index: Tensor | None, *covariates: Any) -> Cells:
-        read = {"covariates": self.encode_covariates, "size_factors": False}
-        return self.cells(x, batch_index, None, *covariates, **read)
-
-    def _decoder_cells(
-        self,
-        z: Tensor,
-        batch_index: Tensor,
-        y: Tensor | None,
-        *covariates: Any,
-        log_size_factor: Tensor | None,
-    ) -> Cells:
-        # The factors of x read no counts; zeros that take no memory stand for them.
-        x = z.new_zeros(1, 1).expand(z.shape[-2], self.n_input)
-        size_factor = None if log_size_factor is None else log_size_factor.exp()
-        cells = self.cells(x, batch_index, y, *covariates, size_factor)
-        needed = isinstance(getattr(self, "dispersion", None), GeneLabelDispersion)
-        if needed and not cells.labelled.all():
-            raise ValueError(
-                f"{(~cells.labelled).sum()} cells have no label in y, but the dispersion belongs "
-                "to a label; give the label of each cell"
-            )
-        return cells
-
-    # ---- construction -----------------------------------------------------------------------
-
-    def _set_data_sizes(
-        self,
-        n_input: int,
-        n_batch: int,
-        n_labels: int,
-        n_continuous_cov: int,
-        n_cats_per_cov: Sequence[int] | None,
-    ) -> None:
-        categories = tuple(n_cats_per_cov or ())
-        validation.check_at_least(1, n_input=n_input)
-        validation.check_at_least(0, n_batch=n_batch, n_continuous_cov=n_continuous_cov)
-        validation.check_at_least(2, n_labels=n_labels)
-        validation.check_at_least(
-            1, **{f"n_cats_per_cov[{i}]": n for i, n in enumerate(categories)}
-        )
-        self.n_input, self.n_batch, self.n_labels = n_input, max(n_batch, 1), n_labels
-        self.n_continuous_cov, self.n_cats_per_cov = n_continuous_cov, categories
-
-    def _set_network_sizes(self, n_hidden: int, n_latent: int, n_layers: int) -> None:
-        validation.check_at_least(1, n_hidden=n_hidden, n_latent=n_latent)
-        validation.check_at_least(0, n_layers=n_layers)
-        self.n_hidden, self.n_latent, self.n_layers = n_hidden, n_latent, n_layers
-
-    def _set_library(self, observed: bool, size_factor: bool, means: Any, variances: Any) -> None:
-        if size_factor and not observed:
-            raise ValueError(
-                "use_size_factor_key=True gives the size of each cell, use_observed_lib_size=False "
-                "infers it; choose one"
-            )
-        self.use_size_factor_key = size_factor
-        self.latent_library = not (observed or size_factor)
-        given = {"library_log_means": means, "library_log_vars": variances}
-        if not self.latent_library:
-            validation.check_absent(
-                given, "a latent library; set use_observed_lib_size=False with it"
-            )
-            return
-        for name, values in given.items():
-            positive = name == "library_log_vars"
-            prior = validation.checked_library_prior(values, self.n_batch, name, positive)
-            self.register_buffer(name, prior)
-
-    def _build_covariates(self, representation: str, kwargs: Mapping[str, Any] | None) -> None:
-        embedded = validation.look_up(BATCH_REPRESENTATIONS, representation, "batch_representation")
-        kwargs = dict(kwargs or {})
-        validation.check_known(kwargs, ["embedding_dim"], "an argument of the batch embedding")
-        validation.check_at_least(1, **kwargs)
-        if kwargs and not embedded:
-            raise ValueError("batch_embedding_kwargs needs batch_representation='embedding'")
-        dim = kwargs.get("embedding_dim", EMBEDDING_DIM) if embedded else None
-        self.covariates = CovariateEncoder(
-            self.n_batch, self.n_cats_per_cov, self.n_continuous_cov, dim
-        )
-
-    def _hidden(self, n_in: int, encoder: bool, **changes: Any) -> HiddenLayers:
-        """Hidden layers with the widths and norms of this model."""
-        batch_norm, layer_norm = self._norms["encoder" if encoder else "decoder"]
-        settings = {
-            "n_hidden": self.n_hidden,
-            "n_layers": self.n_layers,
-            "dropout_rate": self.dropout_rate if encoder else 0.0,
-            "batch_norm": batch_norm,
-            "layer_norm": layer_norm,
-        }
-        return HiddenLayers(n_in, **(settings | changes))
-
-    def _build_encoders(self, var_activation: Callable, extra: Mapping[str, Any] | None) -> None:
-        n_in, covariates = self.n_input, {"deep": self.deep}
-        if self.encode_covariates:
-            n_in += self.covariates.n_dense
-            covariates["n_covariates"] = self.covariates.n_one_hot
-        covariates |= validation.checked_layer_arguments(extra, "extra_encoder_kwargs")
-        variance = {"var_activation": var_activation, "var_eps": ENCODER_VAR_EPS}
-        hidden = self._hidden(n_in, encoder=True, **covariates)
-        self.z_encoder = NormalNetwork(hidden, self.n_latent, **variance)
-        if self.latent_library:
-            hidden = self._hidden(n_in, encoder=True, **(covariates | {"n_layers": 1}))
-            self.l_encoder = NormalNetwork(hidden, 1, **variance)
-        hidden = self._hidden(self.n_latent, encoder=True, n_covariates=self.n_labels)
-        self.u_encoder = NormalNetwork(hidden, self.n_latent, var_eps=ENCODER_VAR_EPS)
-
-    def _build_classifier(
-        self, changes: Mapping[str, Any] | None, linear: bool, groups: Tensor | None
-    ) -> None:
-        settings = {"n_layers": 0} if linear else {}
-        settings |= validation.checked_classifier_parameters(changes)
-        hidden = self._hidden(self.n_latent, encoder=True, **settings)
-        self.classifier = Classifier(hidden, self.n_labels)
-        if groups is not None:
-            hidden = self._hidden(self.n_latent, encoder=True, **settings)
-            group_classifier = Classifier(hidden, int(groups.max()) + 1)
-            self.classifier = GroupedClassifier(self.classifier, group_classifier, groups)
-
-    def _build_decoders(
-        self,
-        gene_likelihood: str | GeneLikelihood | Callable,
-        dispersion: str | Callable[[Sizes], nn.Module],
-        extra: Mapping[str, Any] | None,
-    ) -> None:
-        likelihood = validation.look_up(GENE_LIKELIHOODS, gene_likelihood, "gene_likelihood")
-        if not isinstance(likelihood, GeneLikelihood):
-            likelihood = GeneLikelihood(likelihood)
-        make_dispersion = validation.look_up(DISPERSIONS, dispersion, "dispersion")
-        self.likelihood = likelihood
-        hidden = self._hidden(self.n_latent, encoder=False, n_covariates=self.n_labels)
-        self.z_decoder = NormalNetwork(hidden, self.n_latent)
-        hidden = self._hidden(
-            self.n_latent + self.covariates.n_dense,
-            encoder=False,
-            n_covariates=self.covariates.n_one_hot,
-            deep=self.deep,
-            **validation.checked_layer_arguments(extra, "extra_decoder_kwargs"),
-        )
-        activation = nn.Softplus() if self.use_size_factor_key else nn.Softmax(-1)
-        self.x_decoder = CountDecoder(hidden, self.n_input, activation, gate=likelihood.uses_gate)
-        if likelihood.uses_theta:
-            sizes = Sizes(self.n_input, self.n_batch, self.n_labels, hidden.n_out)
-            self.dispersion = make_dispersion(sizes)
-
-
-def _norms(use_batch_norm: str, use_layer_norm: str) -> dict[str, tuple[bool, bool]]:
-    """Whether encoders and decoders use (batch norm, layer norm)."""
-    batch = validation.look_up(NORM_PLACES, use_batch_norm, "use_batch_norm")
-    layer = validation.look_up(NORM_PLACES, use_layer_norm, "use_layer_norm")
-    return {"encoder": (batch[0], layer[0]), "decoder": (batch[1], layer[1])}
-
-
-def _dimensionwise(distribution: Distribution) -> Distribution:
-    """The distribution of each dimension, where they are independent."""
-    return distribution.base_dist if isinstance(distribution, Independent) else distribution
-
-
-def _of_log(distribution: Distribution) -> Distribution:
-    """The Normal of the logarithm, where the distribution is a LogNormal."""
-    return distribution.base_dist if isinstance(distribution, TorchLogNormal) else distribution

@@ -1,35 +1,30 @@
-"""To and from scvi-tools: its names of weights and arguments, its minibatches, its saved models.
+"""scvi-tools' piecewise interface of a SCANVAE: classify, inference, generative, loss, weights.
 
-scvi-tools is not needed for any of this. What differs: it writes (1, L) for the prior of the labels
-and (1, S) for that of the library, genes before batches in the dispersion, and it owns every head,
-used or not.
+All of it asks the factors, the model and the guide of the program, which know nothing of it.
 """
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
-import numpy as np
 import torch
-from pyro.distributions import Independent, LogNormal
+from pyro.distributions import Independent, LogNormal, Normal, OneHotCategorical, TorchDistribution
 from pyro.infer import Predictive
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
-from torch.distributions import Distribution, Normal
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.distributions import Independent as TorchIndependent
+from torch.distributions import LogNormal as TorchLogNormal
+from torch.distributions import Normal as TorchNormal
 from torch.nn.functional import cross_entropy
 
 from pyro_scanvi import validation
 from pyro_scanvi.data.minibatches import UNLABELED, Cells
-from pyro_scanvi.model.likelihoods import GeneLabelDispersion
 from pyro_scanvi.model.objective import SemiSupervisedELBO
-from pyro_scanvi.model.scanvae import SCANVAE
-from pyro_scanvi.scvi_tools import pickles
-from pyro_scanvi.storage.files import user_path
+from pyro_scanvi.scvi_tools.arguments import scanvae_arguments
+from pyro_scanvi.scvi_tools.weights import our_state, scvi_state
 from pyro_scanvi.validation import InputError
-
-# ---- minibatches and the objective ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,78 +55,441 @@ class LossRecord:
     classification_loss: Tensor
 
 
-def cells_from_tensors(vae: SCANVAE, tensors: Mapping[str, Tensor]) -> Cells:
-    """A minibatch from scvi-tools' names; refuses what does not fit the model.
+class PiecewiseInterface(nn.Module):
+    """The methods of scvi-tools' SCANVAE, over a program's factors, model and guide."""
 
-    Parameters
-    ----------
-    vae
-        The model.
-    tensors
-        ``X`` (N, G), ``batch`` (N, 1), ``labels`` (N, 1), any code outside 0..L-1 being
-        unlabelled, ``extra_continuous_covs`` (N, C), ``extra_categorical_covs`` (N, D),
-        ``size_factor`` (N, 1).
+    n_input: int
+    n_batch: int
+    n_labels: int
+    n_latent: int
+    n_continuous_cov: int
+    n_cats_per_cov: tuple[int, ...]
+    use_size_factor_key: bool
+    encode_covariates: bool
+    latent_library: bool
+    y_prior: Tensor
 
-    Raises
-    ------
-    ValueError
-        If ``X`` is missing, or anything does not fit the model.
-    """
-    if "X" not in tensors:
-        raise ValueError(f"tensors hold {', '.join(tensors) or 'nothing'}; expected X, the counts")
-    return vae.cells(
-        tensors["X"],
-        tensors.get("batch"),
-        tensors.get("labels"),
-        cont_covs=tensors.get("extra_continuous_covs"),
-        cat_covs=tensors.get("extra_categorical_covs"),
-        size_factor=tensors.get("size_factor"),
-    )
+    @abstractmethod
+    def model(self, cells: Cells) -> None:
+        """The generative story."""
 
+    @abstractmethod
+    def guide(self, cells: Cells) -> None:
+        """The variational posterior."""
 
-def loss(
-    vae: SCANVAE,
-    tensors: Mapping[str, Tensor],
-    inference_outputs: Mapping[str, Any],
-    feed_labels: bool = False,
-    kl_weight: float = 1.0,
-    labelled_tensors: Mapping[str, Tensor] | None = None,
-    classification_ratio: float | None = None,
-) -> LossRecord:
-    """The objective of training at given samples of z and l; see :meth:`SCANVAE.loss`."""
-    cells = cells_from_tensors(vae, tensors)
-    objective = SemiSupervisedELBO(vae.q_y, feed_labels=feed_labels, kl_weight=kl_weight)
-    if classification_ratio is None:
-        classification_ratio = objective.classification_ratio
-    objective.classification_ratio = 0.0  # the term comes from labelled_tensors, or not at all
-    guide = _given_latents(vae, cells, inference_outputs)(vae.guide)
-    parts = objective.parts(vae.model, guide, cells)
-    kl = dict(parts.kl)
-    kl_z = kl.pop("z")
-    wrong = parts.loss.new_zeros(())
-    if labelled_tensors is not None:
-        wrong = _classification_loss(vae, cells_from_tensors(vae, labelled_tensors))
-    return LossRecord(
-        loss=parts.loss + classification_ratio * wrong,
-        reconstruction_loss=parts.reconstruction + kl_z,
-        kl_local=sum(kl.values()),
-        kl_global=parts.kl_global,
-        classification_loss=wrong,
-    )
+    @abstractmethod
+    def p_l(self, cells: Cells) -> TorchDistribution:
+        """p(l | s)."""
 
+    @abstractmethod
+    def p_x(self, z: Tensor, library: Tensor, y: Tensor, cells: Cells) -> TorchDistribution:
+        """p(x | z, l, y, s, c)."""
 
-def sample(vae: SCANVAE, tensors: Mapping[str, Tensor], n_samples: int = 1) -> Tensor:
-    """Posterior predictive draws of counts; see :meth:`SCANVAE.sample`."""
-    validation.check_at_least(1, n_samples=n_samples)
-    predictive = Predictive(
-        _Unobserved("x")(vae.model),
-        guide=vae.guide,
-        num_samples=n_samples,
-        return_sites=["x"],
-        parallel=True,
-    )
-    counts = predictive(cells_from_tensors(vae, tensors))["x"].cpu()  # S, N, G
-    return counts[0] if n_samples == 1 else counts.permute(1, 2, 0)
+    @abstractmethod
+    def q_z(self, cells: Cells) -> TorchDistribution:
+        """q(z | x, s, c)."""
+
+    @abstractmethod
+    def q_y(self, z: Tensor) -> OneHotCategorical:
+        """q(y | z)."""
+
+    @abstractmethod
+    def q_l(self, cells: Cells) -> TorchDistribution:
+        """q(l | x, s, c)."""
+
+    @abstractmethod
+    def label_logits(self, z: Tensor) -> Tensor:
+        """Logits of q(y | z)."""
+
+    @abstractmethod
+    def one_hot_labels(self, cells: Cells) -> Tensor:
+        """Known labels as one-hot."""
+
+    @property
+    @abstractmethod
+    def reads_label(self) -> bool:
+        """Whether p(x | ...) reads the label."""
+
+    def classify(
+        self,
+        x: Tensor,
+        batch_index: Tensor | None = None,
+        cont_covs: Tensor | None = None,
+        cat_covs: Tensor | None = None,
+        use_posterior_mean: bool = True,
+    ) -> Tensor:
+        """Logits of q(y | z) at the mean of q(z | x), or at a sample of it, (N, L).
+
+        Their softmax are the probabilities, with groups of labels too.
+
+        Parameters
+        ----------
+        x
+            Counts, (N, G).
+        batch_index
+            Batch codes, (N, 1) or (N,); may be left out unless the encoder reads them.
+        cont_covs, cat_covs
+            Values (N, C) and codes (N, D) of further covariates; likewise.
+        use_posterior_mean
+            Classify the mean, not a sample.
+
+        Raises
+        ------
+        ValueError
+            For wrong sizes, codes out of range, or covariates other than announced.
+        """
+        q_z = self.q_z(self._encoder_cells(x, batch_index, cont_covs, cat_covs))
+        return self.label_logits(q_z.mean if use_posterior_mean else q_z.rsample())
+
+    def inference(
+        self,
+        x: Tensor,
+        batch_index: Tensor | None = None,
+        cont_covs: Tensor | None = None,
+        cat_covs: Tensor | None = None,
+        n_samples: int = 1,
+    ) -> dict[str, Any]:
+        """Samples of q(z | x, s, c) and of log l; arguments as in :meth:`classify`.
+
+        Returns
+        -------
+        dict
+            ``z`` (N, K), before the softmax of ``latent_distribution="ln"``; ``qz``, its Normal;
+            ``library``, the log of the total count or of a sample of l, (N, 1); ``ql``, the Normal
+            of log l, None where the library is observed. With more than one sample, z and library
+            have ``n_samples`` in front.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`classify`.
+        """
+        validation.check_at_least(1, n_samples=n_samples)
+        cells = self._encoder_cells(x, batch_index, cont_covs, cat_covs)
+        q_z, q_l = self.q_z(cells), self.q_l(cells) if self.latent_library else None
+        many = (n_samples,) if n_samples > 1 else ()
+        if q_l is None:
+            library = cells.x.sum(-1, keepdim=True).log().expand(*many, -1, -1)
+        else:
+            library = q_l.rsample(many).log()
+        ql = None if q_l is None else _of_log(_dimensionwise(q_l))
+        return {"z": q_z.rsample(many), "qz": _dimensionwise(q_z), "ql": ql, "library": library}
+
+    def generative(
+        self,
+        z: Tensor,
+        library: Tensor,
+        batch_index: Tensor,
+        cont_covs: Tensor | None = None,
+        cat_covs: Tensor | None = None,
+        size_factor: Tensor | None = None,
+        y: Tensor | None = None,
+        transform_batch: int | None = None,
+    ) -> dict[str, Any]:
+        """Distribution of the counts given z and l.
+
+        Parameters
+        ----------
+        z, library
+            As from :meth:`inference`, (..., N, K) and (..., N, 1); library is a logarithm.
+        batch_index, cont_covs, cat_covs
+            Batch codes, (N, 1) or (N,), and further covariates, (N, C) and (N, D).
+        size_factor
+            Log of the given size factors, (N, 1); read instead of `library` where the model was
+            built with ``use_size_factor_key``.
+        y
+            Label codes, (N, 1) or (N,); read where the dispersion belongs to a label.
+        transform_batch
+            Decode every cell as if it were of this batch.
+
+        Returns
+        -------
+        dict
+            ``px``, of batch shape (..., N, G); ``pl``, the Normal of log l, None where the library
+            is observed; ``pz``, N(0, I), which is scVI's prior and kept for the interface:
+            that of this model is :meth:`p_z`.
+
+        Raises
+        ------
+        ValueError
+            For wrong sizes, codes out of range, covariates other than announced, a size factor or
+            labels that are needed and not given.
+        """
+        validation.check_latents(z, library, self.n_latent)
+        cells = self._decoder_cells(z, batch_index, y, cont_covs, cat_covs, size_factor)
+        if transform_batch is not None:
+            cells = replace(cells, batch=torch.full_like(cells.batch, transform_batch))
+            validation.check_codes("transform_batch", cells.batch, len(cells), self.n_batch)
+        size = library.exp() if cells.size_factor is None else cells.size_factor
+        px = self.p_x(z, size, self.one_hot_labels(cells), cells)
+        pl = _of_log(_dimensionwise(self.p_l(cells))) if self.latent_library else None
+        pz = Normal(torch.zeros_like(z), torch.ones_like(z))
+        return {"px": _dimensionwise(px), "pl": pl, "pz": pz}
+
+    def loss(
+        self,
+        tensors: Mapping[str, Tensor],
+        inference_outputs: Mapping[str, Any],
+        generative_outputs: Mapping[str, Any] | None = None,
+        feed_labels: bool = False,
+        kl_weight: float = 1.0,
+        labelled_tensors: Mapping[str, Tensor] | None = None,
+        classification_ratio: float | None = None,
+    ) -> LossRecord:
+        """Training objective at given samples of z and l, which :meth:`guide` then replays.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch by scvi-tools' names: ``X``, ``batch``, ``labels`` (any code outside
+            0..L-1 is unlabelled), ``extra_continuous_covs``, ``extra_categorical_covs``,
+            ``size_factor``.
+        inference_outputs
+            What :meth:`inference` made of it.
+        generative_outputs
+            Part of the interface, not read: :meth:`model` computes p(x | z, l) itself.
+        feed_labels, kl_weight
+            As in :class:`~pyro_scanvi.SemiSupervisedELBO`.
+        labelled_tensors
+            A minibatch for the classification term; without it there is none.
+        classification_ratio
+            Weight of that term; None is the default of the objective, 50.
+
+        Returns
+        -------
+        LossRecord
+            The loss, with a gradient, and its parts.
+
+        Raises
+        ------
+        ValueError
+            If tensors, z or library do not fit the model, or nothing is labelled in
+            `labelled_tensors`.
+        """
+        cells = self.cells_from_tensors(tensors)
+        objective = SemiSupervisedELBO(self.q_y, feed_labels=feed_labels, kl_weight=kl_weight)
+        if classification_ratio is None:
+            classification_ratio = objective.classification_ratio
+        objective.classification_ratio = 0.0  # the term comes from labelled_tensors, or not at all
+        guide = self._given_latents(cells, inference_outputs)(self.guide)
+        parts = objective.parts(self.model, guide, cells)
+        kl = dict(parts.kl)
+        kl_z = kl.pop("z")
+        wrong = parts.loss.new_zeros(())
+        if labelled_tensors is not None:
+            wrong = self._classification_loss(self.cells_from_tensors(labelled_tensors))
+        return LossRecord(
+            loss=parts.loss + classification_ratio * wrong,
+            reconstruction_loss=parts.reconstruction + kl_z,
+            kl_local=sum(kl.values(), parts.loss.new_zeros(())),
+            kl_global=parts.kl_global,
+            classification_loss=wrong,
+        )
+
+    def sample(self, tensors: Mapping[str, Tensor], n_samples: int = 1) -> Tensor:
+        """Counts from the posterior predictive distribution p(x' | x), on the CPU.
+
+        Parameters
+        ----------
+        tensors
+            As in :meth:`loss`.
+        n_samples
+            Draws for each cell.
+
+        Returns
+        -------
+        Tensor
+            (N, G); with more than one sample (N, G, n_samples).
+
+        Raises
+        ------
+        ValueError
+            If the tensors do not fit the model.
+        """
+        validation.check_at_least(1, n_samples=n_samples)
+        predictive = Predictive(
+            _Unobserved("x")(self.model),
+            guide=self.guide,
+            num_samples=n_samples,
+            return_sites=["x"],
+            parallel=True,
+        )
+        counts = predictive(self.cells_from_tensors(tensors))["x"].cpu()  # S, N, G
+        return counts[0] if n_samples == 1 else counts.permute(1, 2, 0)
+
+    @classmethod
+    def from_scvi_tools(cls, state_dict: Mapping[str, Tensor], **kwargs: Any) -> Self:
+        """A model with the weights of scvi-tools' SCANVAE, in eval mode.
+
+        Versions before 1.1 end their classifier in a softmax (``logits=False``): their
+        probabilities are the softmax of our logits.
+
+        Parameters
+        ----------
+        state_dict
+            ``module.state_dict()`` of a SCANVAE of scvi-tools.
+        **kwargs
+            The arguments that it was made with; the priors of labels and library come from
+            `state_dict`.
+
+        Raises
+        ------
+        ValueError
+            If keys are missing, unexpected or of another shape; it counts and lists them.
+        TypeError
+            For an unknown argument.
+        """
+        vae = cls(**scanvae_arguments(kwargs, state_dict))
+        vae.load_state_dict(our_state(vae.state_dict(), state_dict))
+        return vae.eval()
+
+    def to_scvi_tools(self) -> dict[str, Tensor]:
+        """State dict for a SCANVAE of scvi-tools made with the same arguments.
+
+        Heads that scvi-tools owns and does not use, and we do not own, are filled with zeros.
+
+        Raises
+        ------
+        ValueError
+            If scvi-tools has no place for a part of this model.
+        """
+        state = scvi_state(self.state_dict())
+        if self.reads_label:
+            raise InputError(
+                "the dispersion belongs to a label; SCANVAE of scvi-tools cannot hold that. (If it "
+                "is one of your own that does not, say so: reads_label = False)"
+            )
+        return state
+
+    def cells(
+        self,
+        x: Tensor,
+        batch_index: Tensor | None = None,
+        y: Tensor | None = None,
+        cont_covs: Tensor | None = None,
+        cat_covs: Tensor | None = None,
+        size_factor: Tensor | None = None,
+        *,
+        covariates: bool = True,
+        size_factors: bool = True,
+    ) -> Cells:
+        """Cells for :meth:`model` and :meth:`guide`, after a check that they fit.
+
+        Parameters
+        ----------
+        x
+            Counts, (N, G).
+        batch_index, y
+            Codes of batch and label, (N, 1) or (N,); any label outside 0..L-1 is unlabelled.
+        cont_covs, cat_covs, size_factor
+            Further covariates, (N, C) and (N, D), and size factors, (N, 1).
+        covariates, size_factors
+            False if they may be missing; batches go with the covariates.
+
+        Raises
+        ------
+        ValueError
+            For wrong sizes, codes out of range, or covariates other than announced.
+        """
+        dtype = self.y_prior.dtype
+        cells = Cells.from_counts(
+            x.to(dtype),
+            None if batch_index is None else validation.flat("batch_index", batch_index),
+            None if y is None else validation.known_labels("labels", y, self.n_labels),
+            continuous=None if cont_covs is None else cont_covs.to(dtype),
+            categorical=None if cat_covs is None else validation.whole("cat_covs", cat_covs),
+            size_factor=None if size_factor is None else size_factor.to(dtype),
+        )
+        given = batch_index is not None
+        validation.check_cells(self, cells, given, covariates, size_factors)
+        return cells
+
+    def cells_from_tensors(self, tensors: Mapping[str, Tensor]) -> Cells:
+        """A minibatch from scvi-tools' names, after a check that it fits.
+
+        Parameters
+        ----------
+        tensors
+            ``X`` (N, G), ``batch`` (N, 1), ``labels`` (N, 1), any code outside 0..L-1 being
+            unlabelled, ``extra_continuous_covs`` (N, C), ``extra_categorical_covs`` (N, D),
+            ``size_factor`` (N, 1).
+
+        Raises
+        ------
+        ValueError
+            If ``X`` is missing, or anything does not fit the model.
+        """
+        if "X" not in tensors:
+            raise ValueError(
+                f"tensors hold {', '.join(tensors) or 'nothing'}; expected X, the counts"
+            )
+        return self.cells(
+            tensors["X"],
+            tensors.get("batch"),
+            tensors.get("labels"),
+            cont_covs=tensors.get("extra_continuous_covs"),
+            cat_covs=tensors.get("extra_categorical_covs"),
+            size_factor=tensors.get("size_factor"),
+        )
+
+    def _encoder_cells(
+        self,
+        x: Tensor,
+        batch_index: Tensor | None,
+        cont_covs: Tensor | None,
+        cat_covs: Tensor | None,
+    ) -> Cells:
+        return self.cells(
+            x,
+            batch_index,
+            cont_covs=cont_covs,
+            cat_covs=cat_covs,
+            covariates=self.encode_covariates,
+            size_factors=False,
+        )
+
+    def _decoder_cells(
+        self,
+        z: Tensor,
+        batch_index: Tensor,
+        y: Tensor | None,
+        cont_covs: Tensor | None,
+        cat_covs: Tensor | None,
+        log_size_factor: Tensor | None,
+    ) -> Cells:
+        # The factors of x read no counts; zeros that take no memory stand for them.
+        x = z.new_zeros(1, 1).expand(z.shape[-2], self.n_input)
+        size_factor = None if log_size_factor is None else log_size_factor.exp()
+        cells = self.cells(x, batch_index, y, cont_covs, cat_covs, size_factor)
+        if self.reads_label and not cells.labelled.all():
+            raise ValueError(
+                f"{(~cells.labelled).sum()} cells have no label in y, but the dispersion belongs "
+                "to a label; give the label of each cell"
+            )
+        return cells
+
+    def _given_latents(self, cells: Cells, outputs: Mapping[str, Any]) -> "_Given":
+        """z, and l where it is latent, with their posteriors."""
+        missing = [name for name in ("z", "library") if name not in outputs]
+        if missing:
+            raise ValueError(
+                f"inference_outputs lack {' and '.join(missing)}; see SCANVAE.inference"
+            )
+        validation.check_shape("z", outputs["z"], (len(cells), self.n_latent))
+        validation.check_shape("library", outputs["library"], (len(cells), 1))
+        sites = {"z": (outputs["z"], _joint(outputs.get("qz")))}
+        if self.latent_library:
+            sites["l"] = (outputs["library"].exp(), _joint(_of_exp(outputs.get("ql"))))
+        return _Given(sites)
+
+    def _classification_loss(self, cells: Cells) -> Tensor:
+        if not cells.labelled.any():
+            raise ValueError(
+                f"none of the {len(cells)} cells in labelled_tensors has a label in "
+                f"0..{self.n_labels - 1}; leave it out for a loss without a classification term"
+            )
+        logits = self.q_y(self.q_z(cells).mean).logits
+        return cross_entropy(logits, cells.label, ignore_index=UNLABELED)
 
 
 class _Unobserved(Messenger):
@@ -162,433 +520,24 @@ class _Given(Messenger):
             msg.update(value=value, done=True, fn=msg["fn"] if fn is None else fn)
 
 
-def _given_latents(vae: SCANVAE, cells: Cells, outputs: Mapping[str, Any]) -> _Given:
-    """z, and l where it is latent, with their posteriors."""
-    missing = [name for name in ("z", "library") if name not in outputs]
-    if missing:
-        raise ValueError(f"inference_outputs lack {' and '.join(missing)}; see SCANVAE.inference")
-    validation.check_shape("z", outputs["z"], (len(cells), vae.n_latent))
-    validation.check_shape("library", outputs["library"], (len(cells), 1))
-    q_z, q_l = outputs.get("qz"), outputs.get("ql")
-    sites = {"z": (outputs["z"], Independent(q_z, 1) if isinstance(q_z, Normal) else None)}
-    if vae.latent_library:
-        of_log = isinstance(q_l, Normal)
-        q_l = Independent(LogNormal(q_l.loc, q_l.scale), 1) if of_log else None
-        sites["l"] = (outputs["library"].exp(), q_l)
-    return _Given(sites)
+def _dimensionwise(distribution: Distribution) -> Distribution:
+    """The distribution of each dimension, where they are independent."""
+    return distribution.base_dist if isinstance(distribution, TorchIndependent) else distribution
 
 
-def _classification_loss(vae: SCANVAE, cells: Cells) -> Tensor:
-    if not cells.labelled.any():
-        raise ValueError(
-            f"none of the {len(cells)} cells in labelled_tensors has a label in "
-            f"0..{vae.n_labels - 1}; leave it out for a loss without a classification term"
-        )
-    logits = vae.q_y(vae.q_z(cells).mean).logits
-    return cross_entropy(logits, cells.label, ignore_index=UNLABELED)
+def _of_log(distribution: Distribution) -> Distribution:
+    """The Normal of the logarithm, where the distribution is a LogNormal."""
+    return distribution.base_dist if isinstance(distribution, TorchLogNormal) else distribution
 
 
-# ---- names and shapes of weights ------------------------------------------------------------
-
-_NAMES = {  # ours: theirs
-    "y_prior": "y_prior",
-    "library_log_means": "library_log_means",
-    "library_log_vars": "library_log_vars",
-    "covariates.embedding": "_embeddings_dict.batch",
-    "z_encoder.hidden.layers": "z_encoder.encoder.fc_layers",
-    "z_encoder.mean": "z_encoder.mean_encoder",
-    "z_encoder.variance": "z_encoder.var_encoder",
-    "l_encoder.hidden.layers": "l_encoder.encoder.fc_layers",
-    "l_encoder.mean": "l_encoder.mean_encoder",
-    "l_encoder.variance": "l_encoder.var_encoder",
-    "u_encoder.hidden.layers": "encoder_z2_z1.encoder.fc_layers",
-    "u_encoder.mean": "encoder_z2_z1.mean_encoder",
-    "u_encoder.variance": "encoder_z2_z1.var_encoder",
-    "z_decoder.hidden.layers": "decoder_z1_z2.decoder.fc_layers",
-    "z_decoder.mean": "decoder_z1_z2.mean_decoder",
-    "z_decoder.variance": "decoder_z1_z2.var_decoder",
-    "x_decoder.hidden.layers": "decoder.px_decoder.fc_layers",
-    "x_decoder.expression": "decoder.px_scale_decoder",
-    "x_decoder.gate": "decoder.px_dropout_decoder",
-    "dispersion.head": "decoder.px_r_decoder",
-    "dispersion.log_theta": "px_r",
-    "classifier.hidden.layers": "classifier.classifier.0.fc_layers",
-    "classifier.logits": "classifier.classifier.1",
-    "classifier.labels.hidden.layers": "classifier.classifier.0.fc_layers",
-    "classifier.labels.logits": "classifier.classifier.1",
-    "classifier.groups.hidden.layers": "classifier_groups.classifier.0.fc_layers",
-    "classifier.groups.logits": "classifier_groups.classifier.1",
-    "classifier.group_of_label": "groups_index",
-}
-_PARTS_OF_A_LAYER = {"linear": "0", "batch_norm": "1"}
-_SEMI_SUPERVISED = ("y_prior", "classifier", "u_encoder", "z_decoder")
+def _of_exp(distribution: Distribution | None) -> Distribution | None:
+    """The LogNormal of which it is the logarithm, where the distribution is a Normal."""
+    if not isinstance(distribution, TorchNormal):
+        return None
+    return LogNormal(distribution.loc, distribution.scale)
 
 
-def load_scvi_tools(cls: type[SCANVAE], state_dict: Mapping[str, Any], **kwargs: Any) -> SCANVAE:
-    """A model with the weights of scvi-tools' SCANVAE; see :meth:`SCANVAE.from_scvi_tools`."""
-    state = _tensors(state_dict)
-    vae = cls(**scanvae_arguments(kwargs, state))
-    vae.load_state_dict(_ours(vae, state, list(vae.state_dict())))
-    return vae.eval()
-
-
-def to_scvi_tools(vae: SCANVAE) -> dict[str, Tensor]:
-    """Weights under the names of scvi-tools; see :meth:`SCANVAE.to_scvi_tools`."""
-    if isinstance(getattr(vae, "dispersion", None), GeneLabelDispersion):
-        raise InputError(
-            "the dispersion belongs to a label; SCANVAE of scvi-tools cannot hold that"
-        )
-    if not len(vae.z_encoder.hidden.layers):
-        raise InputError("n_layers=0: SCANVAE of scvi-tools has at least one hidden layer")
-    owned = {k: v.detach().clone() for k, v in vae.state_dict().items()}
-    state = _fillers(vae) | owned
-    names = _scvi_names(state)
-    state = {names[k]: _scvi_shape(names[k], v) for k, v in state.items()}
-    if "groups_index" in state:
-        groups = state.pop("groups_index")
-        masks = torch.arange(int(groups.max()) + 1)[:, None] == groups.cpu()
-        state |= {f"groups_index.{i}": mask.byte() for i, mask in enumerate(masks)}
-    return state
-
-
-def shared_state(vae: SCANVAE, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The part of our state dict that an unsupervised VAE of scvi-tools gives: a warm start.
-
-    These are the encoders of z and l, the decoder of x, the dispersion, the embedding of the
-    batches and the prior of the library. Load it with
-    ``vae.load_state_dict(shared_state(vae, state_dict), strict=False)``.
-
-    Parameters
-    ----------
-    vae
-        The model to be started; its sizes must be those of the VAE.
-    state_dict
-        ``module.state_dict()`` of an SCVI model.
-
-    Raises
-    ------
-    InputError
-        If keys are missing, unexpected or of another shape.
-    """
-    keys = [k for k in vae.state_dict() if not k.startswith(_SEMI_SUPERVISED)]
-    return _ours(vae, _tensors(state_dict), keys)
-
-
-def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a state dict, with one tensor for the members of all groups of labels."""
-    # Saved models hold the (empty) parameter store of Pyro among the weights.
-    state = {k: torch.as_tensor(v) for k, v in state_dict.items() if k != "pyro_param_store"}
-    groups = [k for k in state if re.fullmatch(r"groups_index\.\d+", k)]
-    if groups:
-        masks = [state.pop(f"groups_index.{i}") for i in range(len(groups))]
-        state["groups_index"] = torch.stack(masks).int().argmax(0)
-    return state
-
-
-def _ours(vae: SCANVAE, state: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
-    """The entries `keys` of our state dict, out of a complete one of scvi-tools."""
-    own = vae.state_dict()
-    names = _scvi_names(list(keys))
-    missing = [name for name in names.values() if name not in state]
-    unused = _scvi_names(_fillers(vae)).values()
-    unexpected = [name for name in state if name not in {*names.values(), *unused}]
-    found = {k: _our_shape(name, state[name]) for k, name in names.items() if name in state}
-    misshapen = [
-        f"{names[k]} {tuple(v.shape)} for {tuple(own[k].shape)}"
-        for k, v in found.items()
-        if v.shape != own[k].shape
-    ]
-    _check_fit(missing=missing, unexpected=unexpected, misshapen=misshapen)
-    return found
-
-
-def _check_fit(**problems: list[str]) -> None:
-    found = {kind: names for kind, names in problems.items() if names}
-    if found:
-        counts = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names)}" for kind, names in found.items()
-        )
-        raise InputError(
-            f"the state dict does not fit the model ({counts}). Give the arguments that the model "
-            "of scvi-tools was made with (numbers of genes, batches, labels and covariates, "
-            "n_layers, n_hidden, dispersion, ...)"
-        )
-
-
-def _scvi_names(keys: Iterable[str]) -> dict[str, str]:
-    """scvi-tools' name for each of our keys."""
-    keys = list(keys)
-    names = {key: _scvi_name(key) for key in keys}
-    unknown = [key for key, name in names.items() if name is None]
-    if unknown:
-        raise InputError(f"scvi-tools has no place for {', '.join(unknown)}")
-    if not any(k.startswith("classifier.") and ".layers." in k for k in keys):
-        # A linear classifier is the first and only module of its sequence.
-        linear = ("classifier.classifier.1", "classifier.classifier.0")
-        names = {key: name.replace(*linear) for key, name in names.items()}
-    return names
-
-
-def _scvi_name(key: str) -> str | None:
-    for ours, theirs in _NAMES.items():
-        if key == ours or key.startswith(ours + "."):
-            path = (theirs + key.removeprefix(ours)).split(".")
-            if "fc_layers" in path:
-                number, part, weight = path[-3:]
-                path[-3:] = [f"Layer {number}", _PARTS_OF_A_LAYER.get(part, part), weight]
-            return ".".join(path)
-    return None
-
-
-def _scvi_shape(name: str, value: Tensor) -> Tensor:
-    if name in ("y_prior", "library_log_means", "library_log_vars"):
-        return value.unsqueeze(0)
-    return value.T.contiguous() if name == "px_r" and value.ndim == 2 else value
-
-
-def _our_shape(name: str, value: Tensor) -> Tensor:
-    if name in ("y_prior", "library_log_means", "library_log_vars"):
-        return value.reshape(-1)
-    return value.T if name == "px_r" and value.ndim == 2 else value
-
-
-def _fillers(vae: SCANVAE) -> dict[str, Tensor]:
-    """Defaults, under our names, of the heads that scvi-tools owns and this model does not."""
-    own = vae.state_dict()
-    n_genes, n_hidden = own["x_decoder.expression.0.weight"].shape
-    zeros = own["x_decoder.expression.0.weight"].new_zeros
-    heads = {}
-    for head in ("dispersion.head", "x_decoder.gate"):
-        heads |= {f"{head}.weight": zeros(n_genes, n_hidden), f"{head}.bias": zeros(n_genes)}
-    if not hasattr(vae, "dispersion"):
-        heads["dispersion.log_theta"] = zeros(n_genes)
-    for key, value in own.items():
-        name = key.replace("z_encoder.", "l_encoder.")
-        if key.startswith("z_encoder.hidden.layers.0."):
-            ones = key.endswith(("batch_norm.weight", "running_var"))
-            heads[name] = torch.full_like(value, int(ones))
-        elif key.startswith(("z_encoder.mean.", "z_encoder.variance.")):
-            heads[name] = torch.zeros_like(value[:1])
-    return {key: value for key, value in heads.items() if key not in own}
-
-
-# ---- arguments ------------------------------------------------------------------------------
-
-_NOT_OF_THE_MODULE = (
-    "adata",
-    "datamodule",
-    "extra_payload_autotune",
-    "pretrained_model",
-    "registry",
-    "unlabeled_category",
-    "use_cuda",
-)
-
-
-def scanvae_arguments(
-    given: Mapping[str, Any], state_dict: Mapping[str, Tensor] | None = None
-) -> dict[str, Any]:
-    """Arguments for our SCANVAE that make the model scvi-tools makes from `given`.
-
-    Parameters
-    ----------
-    given
-        Arguments of SCANVAE, SCANVI or SCVI of scvi-tools, or ``init_params_`` of a model.
-    state_dict
-        Where the prior of the library is taken from; scvi-tools computes it when a model is made.
-    """
-    given = {k: v for k, v in _flattened(given).items() if k not in _NOT_OF_THE_MODULE}
-    result = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
-    _convert_sizes(result)
-    _convert_library(result)
-    _convert_parts(result)
-    for name in ("library_log_means", "library_log_vars"):
-        if state_dict is not None and name in state_dict:
-            result[name] = torch.as_tensor(state_dict[name]).reshape(-1)
-    return result
-
-
-def _flattened(given: Mapping[str, Any]) -> dict[str, Any]:
-    if "non_kwargs" not in given:
-        return dict(given)
-    extra = given.get("kwargs", {}).values()
-    return dict(given["non_kwargs"]) | {k: v for group in extra for k, v in group.items()}
-
-
-def _convert_sizes(arguments: dict[str, Any]) -> None:
-    if arguments.get("n_cats_per_cov") is not None:
-        arguments["n_cats_per_cov"] = [int(n) for n in arguments["n_cats_per_cov"]]
-    if arguments.get("n_layers") == 0:  # scvi-tools: one hidden layer, but none in the classifier
-        arguments |= {"n_layers": 1, "linear_classifier": True}
-
-
-def _convert_library(arguments: dict[str, Any]) -> None:
-    """A size factor comes first; priors belong to a latent library only."""
-    if "use_size_factor_key" in arguments:  # saved models have the name of the column
-        arguments["use_size_factor_key"] = bool(arguments["use_size_factor_key"])
-    if arguments.get("use_size_factor_key"):
-        arguments["use_observed_lib_size"] = True
-    if arguments.get("use_observed_lib_size", True):
-        arguments.pop("library_log_means", None)
-        arguments.pop("library_log_vars", None)
-
-
-def _convert_parts(arguments: dict[str, Any]) -> None:
-    classifier = dict(arguments.pop("classifier_parameters", None) or {})
-    # Before 1.1 the classifier ended in a softmax, which has no weights: logits are the same.
-    classifier.pop("logits", None)
-    if classifier:
-        arguments["classifier_parameters"] = classifier
-    if not arguments.get("use_labels_groups"):
-        arguments.pop("labels_groups", None)
-    if arguments.get("batch_representation", "one-hot") == "one-hot":
-        arguments.pop("batch_embedding_kwargs", None)
-    for name in ("extra_encoder_kwargs", "extra_decoder_kwargs"):
-        extra = dict(arguments.pop(name, None) or {})
-        if "activation_fn" in extra:
-            extra["activation"] = extra.pop("activation_fn")
-        if extra:
-            arguments[name] = extra
-
-
-# ---- saved models ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ScviSave:
-    """What scvi-tools wrote to the disk when an SCVI or SCANVI was saved.
-
-    Attributes
-    ----------
-    model_name
-        "SCVI" or "SCANVI".
-    version
-        Of scvi-tools.
-    state_dict
-        Weights, by the names of scvi-tools.
-    var_names
-        Names of the genes, in the order of the weights.
-    setup_args
-        Arguments of ``setup_anndata``: keys of labels, batch, covariates, size factor, layer.
-    init_params
-        Arguments that the model was made with, beside those that the data give.
-    labels
-        Categories of the labels in the order of their codes; the unlabelled category is among
-        them where it is known, as the last.
-    unlabeled_category
-        Its name; None for an SCVI.
-    batches
-        Categories of the batches in the order of their codes.
-    covariate_categories
-        Categories of each categorical covariate in the order of their codes, by its key.
-    continuous_covariates
-        Keys of the continuous covariates.
-    registry
-        All that scvi-tools noted about the data.
-    """
-
-    model_name: str
-    version: str
-    state_dict: dict[str, Tensor]
-    var_names: np.ndarray
-    setup_args: dict[str, Any]
-    init_params: dict[str, Any]
-    labels: list
-    unlabeled_category: Any
-    batches: list
-    covariate_categories: dict[str, list]
-    continuous_covariates: list[str]
-    registry: dict[str, Any]
-
-    @property
-    def classes(self) -> list:
-        """Labels that a cell can have, in the order of their codes: without the unlabelled."""
-        return [label for label in self.labels if label != self.unlabeled_category]
-
-    @property
-    def ends_in_softmax(self) -> bool:
-        """Whether scvi-tools' classifier gave probabilities, as before version 1.1."""
-        parameters = self.init_params.get("classifier_parameters") or {}
-        before = tuple(int(n) for n in re.findall(r"\d+", self.version)[:2]) < (1, 1)
-        return before and not parameters.get("logits", False)
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments for our SCANVAE; the number of labels is that of `classes`."""
-        sizes = {
-            "n_input": len(self.var_names),
-            "n_batch": len(self.batches),
-            "n_labels": len(self.classes),
-            "n_continuous_cov": len(self.continuous_covariates),
-            "n_cats_per_cov": [len(c) for c in self.covariate_categories.values()],
-            "use_size_factor_key": self.setup_args.get("size_factor_key"),
-        }
-        return scanvae_arguments(self.init_params | sizes, self.state_dict)
-
-    def fields(self) -> dict[str, Any]:
-        """Arguments of :class:`~pyro_scanvi.data.fields.Fields`: columns and categories."""
-        keys = ("labels_key", "layer", "batch_key", "size_factor_key")
-        return {
-            **{key: self.setup_args.get(key) or "" for key in keys},
-            "unlabeled_category": self.unlabeled_category,
-            "categorical_covariate_keys": tuple(self.covariate_categories),
-            "continuous_covariate_keys": tuple(self.continuous_covariates),
-            "classes": np.array(self.classes),
-            "batches": np.array(self.batches),
-            "covariate_categories": tuple(map(np.array, self.covariate_categories.values())),
-            "genes": self.var_names,
-        }
-
-
-def read_scvi_save(
-    directory: str | Path, prefix: str = "", allow: Mapping[str, Any] | None = None
-) -> ScviSave:
-    """Read what ``SCVI.save`` or ``SCANVI.save`` of scvi-tools 1.x wrote; executes none of it.
-
-    Parameters
-    ----------
-    directory, prefix
-        As they were given to ``save``.
-    allow
-        Further names that the pickle may use; see :func:`pyro_scanvi.scvi_tools.pickles.read`.
-
-    Raises
-    ------
-    InputError
-        If there is no such file, it names functions other than those that make arrays, or it holds
-        something else than such a model.
-    """
-    path = user_path(directory) / f"{prefix}model.pt"
-    if not path.is_file():
-        raise InputError(
-            f"{path} is not there; expected the folder that save() of scvi-tools wrote. Versions "
-            "before 0.15 wrote three files: convert them with its convert_legacy_save"
-        )
-    saved = pickles.read(path, allow)
-    try:
-        return _scvi_save(saved)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} holds no SCVI or SCANVI that scvi-tools 1.x saved: {error!r}"
-        ) from error
-
-
-def _scvi_save(saved: Mapping[str, Any]) -> ScviSave:
-    attributes = saved["attr_dict"]
-    registry = attributes["registry_"]
-    state = {k: v["state_registry"] for k, v in registry["field_registries"].items()}
-    categorical = state.get("extra_categorical_covs", {})
-    mappings = categorical.get("mappings", {})
-    return ScviSave(
-        model_name=registry["model_name"],
-        version=registry["scvi_version"],
-        state_dict={k: v for k, v in saved["model_state_dict"].items() if isinstance(v, Tensor)},
-        var_names=np.asarray(saved["var_names"], dtype=str),
-        setup_args=dict(registry["setup_args"]),
-        init_params=_flattened(attributes["init_params_"]),
-        labels=list(state["labels"]["categorical_mapping"]),
-        unlabeled_category=state["labels"].get("unlabeled_category"),
-        batches=list(state["batch"]["categorical_mapping"]),
-        covariate_categories={k: list(mappings[k]) for k in categorical.get("field_keys", [])},
-        continuous_covariates=list(state.get("extra_continuous_covs", {}).get("columns", [])),
-        registry=registry,
-    )
+def _joint(distribution: Distribution | None) -> Distribution | None:
+    """Independent dimensions as one event, where the distribution is known."""
+    known = isinstance(distribution, TorchNormal | TorchLogNormal)
+    return Independent(distribution, 1) if known else None

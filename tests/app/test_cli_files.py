@@ -18,8 +18,8 @@ from typer.testing import Result
 
 from pyro_scanvi import SCANVI
 from pyro_scanvi.app import plotting
-from tests.examples import file_limit, simulated
 from tests.app.test_cli import assert_refused, contents, no_training, run  # noqa: F401
+from tests.examples import file_limit, simulated
 
 N, G = 40, 12
 SMALL = ("--labels-key", "cell_type", "--max-epochs", 1, "--n-hidden", 8, "--n-latent", 3)

@@ -1,16 +1,12 @@
 """The interface of scvi-tools: its figures, its weights, its saved models, its mistakes refused."""
 
-import os
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyro
 import pytest
 import torch
 
-from pyro_scanvi.model import scvi_interface
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.validation import InputError
 from tests import parity
@@ -151,165 +147,6 @@ def test_label_groups_there_and_back():
     same = torch.from_numpy(groups[:, None] == groups)
     expected = label / (label @ same.to(label.dtype)) * group[:, groups]
     torch.testing.assert_close(again.classify(x).softmax(-1), expected)
-
-
-def test_arguments_of_scvi_tools():
-    given = {
-        "non_kwargs": {"n_layers": 0, "datamodule": None, "dropout_rate": np.float32(0.5)},
-        "kwargs": {
-            "model_kwargs": {
-                "use_size_factor_key": "size",
-                "use_observed_lib_size": False,
-                "library_log_means": np.zeros((1, 2)),
-                "extra_encoder_kwargs": {"activation_fn": torch.nn.SiLU, "bias": False},
-                "batch_embedding_kwargs": {"embedding_dim": 3},
-                "classifier_parameters": {"logits": False},
-                "labels_groups": [0, 1],
-                "n_cats_per_cov": np.array([2, 3]),
-            }
-        },
-    }
-    assert scvi_interface.scanvae_arguments(given) == {
-        "n_layers": 1,
-        "linear_classifier": True,
-        "dropout_rate": 0.5,
-        "use_size_factor_key": True,
-        "use_observed_lib_size": True,
-        "extra_encoder_kwargs": {"activation": torch.nn.SiLU, "bias": False},
-        "n_cats_per_cov": [2, 3],
-    }
-
-
-# ---- saved models ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def expected():
-    return dict(np.load(FOLDER / "saved_scanvi" / "expected.npz"))
-
-
-def test_saved_scanvi(expected):
-    save = scvi_interface.read_scvi_save(FOLDER / "saved_scanvi")
-    assert (save.model_name, save.version) == ("SCANVI", "1.4.2")
-    assert save.labels == ["t3", "t0", "t1", "t2", "Unknown"]
-    assert save.classes == expected["classes"].tolist() == ["t3", "t0", "t1", "t2"]
-    assert save.batches == ["b0", "b1", "b2"]
-    assert save.covariate_categories == {"sex": ["f", "m"]}
-    assert save.continuous_covariates == []
-    assert save.var_names.tolist() == [str(i) for i in range(40)]
-    assert save.setup_args["labels_key"] == "label"
-    assert not save.ends_in_softmax
-    vae = SCANVAE.from_scvi_tools(save.state_dict, **save.arguments())
-    batch, sex = torch.from_numpy(expected["batch"]), torch.from_numpy(expected["sex"])
-    logits = vae.classify(torch.from_numpy(expected["X"]), batch, cat_covs=sex[:, None])
-    np.testing.assert_allclose(
-        logits.softmax(-1).detach().numpy(), expected["probabilities"], atol=parity.TOLERANCE
-    )
-
-
-def test_saved_scvi_is_a_warm_start(expected):
-    save = scvi_interface.read_scvi_save(FOLDER / "saved_scvi")
-    assert save.model_name == "SCVI" and save.unlabeled_category is None
-    vae = SCANVAE(**save.arguments() | {"n_labels": 4}).eval()
-    before = {k: v.clone() for k, v in vae.state_dict().items()}
-    shared = scvi_interface.shared_state(vae, save.state_dict)
-    left = vae.load_state_dict(shared, strict=False).missing_keys
-    assert {k.split(".")[0] for k in left} == {"y_prior", "classifier", "u_encoder", "z_decoder"}
-    assert all(torch.equal(before[k], vae.state_dict()[k]) for k in left)
-    latent = vae.inference(torch.from_numpy(expected["X"]))["qz"].loc.detach().numpy()
-    np.testing.assert_allclose(latent, expected["scvi_latent"], atol=parity.TOLERANCE)
-    with pytest.raises(InputError, match="misshapen"):
-        scvi_interface.shared_state(SCANVAE(**save.arguments() | {"n_input": 39}), save.state_dict)
-
-
-def test_only_versions_before_1_1_end_in_a_softmax():
-    save = scvi_interface.read_scvi_save(FOLDER / "saved_scanvi").__dict__
-    for version, logits, ends in (("1.0.4", None, True), ("0.20.3", True, False), ("1.1.0", 0, 0)):
-        parameters = {} if logits is None else {"classifier_parameters": {"logits": logits}}
-        changed = save | {"version": version, "init_params": save["init_params"] | parameters}
-        assert scvi_interface.ScviSave(**changed).ends_in_softmax == ends
-
-
-class _Call:
-    """Pickles as a call of a function."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
-CALLS = {
-    "system": lambda path: _Call(os.system, f"touch {path}"),
-    "builtins.eval": lambda path: _Call(eval, f"__import__('os').mkdir({str(path)!r})"),
-    "mkdir": lambda path: _Call(os.mkdir, str(path)),
-}
-FORMATS = {
-    "usual": {},
-    "protocol 4": {"pickle_protocol": 4},
-    "before torch 1.6": {"_use_new_zipfile_serialization": False},
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("settings", FORMATS.values(), ids=list(FORMATS))
-def test_no_pickle_is_executed(tmp_path, name, settings):
-    trace = tmp_path / "executed"
-    saved = {"model_state_dict": {}, "var_names": CALLS[name](trace), "attr_dict": {}}
-    torch.save(saved, tmp_path / "model.pt", **settings)
-    with pytest.raises(InputError, match="nothing in it was executed") as raised:
-        scvi_interface.read_scvi_save(tmp_path)
-    assert settings or name in str(raised.value)
-    assert not trace.exists()
-    torch.load(tmp_path / "model.pt", weights_only=False)  # it would have been
-    assert trace.exists()
-
-
-def test_stand_ins_rebuild_arrays_and_nothing_else(tmp_path):
-    arrays = {
-        "objects": np.array([["a", None], [1, 2.5]], dtype=object),
-        "numbers": np.arange(6, dtype=">i4").reshape(2, 3),
-        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-        "text": np.array(["ab", "c"]),
-        "empty": np.zeros((0, 2), dtype=bool),
-    }
-    others = {
-        "scalar": np.float64(0.25),
-        "table": pd.DataFrame({"loss": [1.0, 2.0]}),
-        "time": np.array(["2020-01-01"], dtype="datetime64[D]"),
-        "nested": defaultdict(dict, {"a": ({"b": arrays["text"]},)}),
-    }
-    torch.save(arrays | others, tmp_path / "file.pt")
-    found = scvi_interface.pickles.read(tmp_path / "file.pt")
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(found[name], array)
-        assert found[name].dtype == array.dtype
-    assert found["scalar"] == 0.25
-    assert found["table"] is None and found["time"] is None
-    assert found["nested"]["a"][0]["b"].tolist() == ["ab", "c"]
-
-
-def test_allowed_names(tmp_path):
-    torch.save({"activation": torch.nn.SiLU}, tmp_path / "file.pt")
-    name = "torch.nn.modules.activation.SiLU"
-    with pytest.raises(InputError, match=name):
-        scvi_interface.pickles.read(tmp_path / "file.pt")
-    before = set(torch.serialization.get_safe_globals())
-    found = scvi_interface.pickles.read(tmp_path / "file.pt", allow={name: torch.nn.SiLU})
-    assert found["activation"] is torch.nn.SiLU
-    assert set(torch.serialization.get_safe_globals()) == before
-
-
-def test_files_that_are_no_saved_model(tmp_path):
-    with pytest.raises(InputError, match="is not there"):
-        scvi_interface.read_scvi_save(tmp_path)
-    (tmp_path / "model.pt").write_bytes(b"not a model")
-    with pytest.raises(InputError, match="not a file that torch.save wrote"):
-        scvi_interface.read_scvi_save(tmp_path)
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "model.pt")
-    with pytest.raises(InputError, match="KeyError\\('attr_dict'\\)"):
-        scvi_interface.read_scvi_save(tmp_path)
 
 
 # ---- methods --------------------------------------------------------------------------------

@@ -1,0 +1,119 @@
+"""What this package reads of Pyro's private side is still there, and still means the same.
+
+Where one of these fails after an update of Pyro, pyro_internals.py is the only file to look at.
+"""
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.distributions import Categorical, Normal
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from torch import nn
+
+from pyro_scanvi.model.pyro_internals import RevisedELBO, announce, set_log_prob, sites
+
+P, SCALE, N = torch.tensor([0.2, 0.3, 0.5]), 7.0, 4
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def model():
+    with pyro.plate("cells", N), poutine.scale(scale=SCALE):
+        y = pyro.sample("y", Categorical(P.double()))
+        pyro.sample("x", Normal(y.double(), 1.0), obs=torch.arange(N).double())
+
+
+def guide():
+    with pyro.plate("cells", N), poutine.scale(scale=SCALE):
+        pyro.sample("y", Categorical(logits=torch.zeros(3)), infer={"enumerate": "parallel"})
+
+
+def by_hand(extra=0.0):
+    """Sum over cells and labels of q (log p(y) + log p(x | y) - log q), and `extra` at each y."""
+    total = 0.0
+    for x in range(N):
+        for y, p in enumerate(P.double()):
+            log_p_x = Normal(torch.tensor(float(y)), 1.0).log_prob(torch.tensor(float(x)))
+            total += (p.log() + extra + log_p_x - torch.tensor(1 / 3).log()) / 3
+    return SCALE * total
+
+
+def test_the_bound_is_exact_and_that_of_pyro():
+    elbo = RevisedELBO(max_plate_nesting=1)
+    bound = elbo.bound(*elbo.traces(model, guide))
+    torch.testing.assert_close(bound, by_hand())
+    assert bound.item() == pytest.approx(-TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide))
+
+
+def test_a_revised_log_probability_is_summed_scaled():
+    class Revised(RevisedELBO):
+        def revise(self, model_trace, guide_trace):
+            site = sites(model_trace)["y"]
+            set_log_prob(site, site["unscaled_log_prob"] + 0.25)
+
+    elbo = Revised(max_plate_nesting=1)
+    torch.testing.assert_close(elbo.bound(*elbo.traces(model, guide)), by_hand(0.25))
+    assert elbo.loss(model, guide) == pytest.approx(-by_hand(0.25).item())
+
+
+def test_masked_cells_stay_out_of_a_revised_sum():
+    mask = torch.tensor([True, False, True, False])
+
+    def masked():
+        with pyro.plate("cells", N), poutine.mask(mask=mask):
+            pyro.sample("x", Normal(0.0, 1.0), obs=torch.zeros(N))
+
+    class Revised(RevisedELBO):
+        def revise(self, model_trace, guide_trace):
+            set_log_prob(sites(model_trace)["x"], torch.arange(1.0, N + 1))
+
+    elbo = Revised(max_plate_nesting=1, strict_enumeration_warning=False)
+    assert elbo.bound(*elbo.traces(masked, lambda: None)) == 1.0 + 3.0
+
+
+def test_sites_that_join_observed_and_unobserved_are_dropped():
+    seen = torch.tensor([True, False, True, False])
+
+    def joined():
+        with pyro.plate("cells", N):
+            pyro.sample("a", Normal(0.0, 1.0), obs=torch.ones(N), obs_mask=seen)
+
+    def its_guide():
+        with pyro.plate("cells", N):
+            pyro.sample("a_unobserved", Normal(0.0, 1.0))
+
+    assert "a" in poutine.trace(joined).get_trace().nodes
+    elbo = RevisedELBO(max_plate_nesting=1, strict_enumeration_warning=False)
+    left = sites(elbo.traces(joined, its_guide)[0])
+    assert {"a_observed", "a_unobserved"} <= set(left) and "a" not in left
+
+
+def test_announced_parameters_are_stepped_and_stored_nowhere():
+    network = nn.Linear(1, 1)
+    network.bias.requires_grad_(False)
+    before = [p.detach().clone() for p in network.parameters()]
+
+    def announced():
+        announce(network, "net")
+        pyro.sample("x", Normal(network(torch.ones(1)), 1.0).to_event(1), obs=torch.ones(1) * 9)
+
+    trace = poutine.trace(announced).get_trace()
+    shown = {name for name, site in trace.nodes.items() if site["type"] == "param"}
+    assert shown == {"net.weight"}
+    SVI(announced, lambda: None, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step()
+    weight, bias = network.parameters()
+    assert weight != before[0] and bias == before[1]
+    assert not list(pyro.get_param_store())
+
+
+@pytest.mark.parametrize("name", ["unscaled_log_prob", "packed", "mask", "scale", "infer"])
+def test_a_site_has_what_is_read_of_it(name):
+    model_trace, _ = RevisedELBO(max_plate_nesting=1).traces(model, guide)
+    assert name in sites(model_trace)["y"]
