@@ -127,7 +127,7 @@ class SCANVAE(PiecewiseInterface):
     ------
     TypeError
         For an unknown argument; the error names the nearest.
-    ValueError
+    InputError
         For a wrong size, value or combination.
 
     Examples
