@@ -7,15 +7,40 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import wraps
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_scanvi.names import listed, name_of, names_of, several
 
 LARGEST_SEED = 2**63
+
+
+class InputError(ValueError):
+    """Data or arguments of the user that cannot be worked with; the message says what to do.
+
+    Parameters
+    ----------
+    message
+        What is wrong, what was expected, and what to do.
+    mend
+        Arguments whose change mends it, with the value to give or None where the user must know
+        it; for those who give arguments another name, as the command line does.
+    """
+
+    def __init__(self, message: str, mend: Mapping[str, Any] | None = None):
+        super().__init__(message)
+        self.mend = dict(mend or {})
+
+
+class Advice(UserWarning):
+    """What is allowed but may not be meant; `mend` as in :class:`InputError`."""
+
+    def __init__(self, message: str, mend: Mapping[str, Any] | None = None):
+        super().__init__(message)
+        self.mend = dict(mend or {})
 
 
 def check_known(
@@ -146,7 +171,7 @@ def check_rate(**rates: float) -> None:
     """Refuse dropout rates outside [0, 1)."""
     for name, rate in rates.items():
         if not is_number(rate) or not 0 <= rate < 1:
-            raise ValueError(f"{name}={rate!r}, expected a probability in [0, 1)")
+            raise InputError(f"{name}={rate!r}, expected a probability in [0, 1)")
 
 
 def checked_label_prior(y_prior: Any, n_labels: int) -> Tensor:
@@ -155,12 +180,12 @@ def checked_label_prior(y_prior: Any, n_labels: int) -> Tensor:
         return torch.full((n_labels,), 1 / n_labels)
     prior = torch.as_tensor(y_prior, dtype=torch.get_default_dtype()).detach().clone()
     if prior.shape not in {(n_labels,), (1, n_labels)}:
-        raise ValueError(
+        raise InputError(
             f"y_prior has shape {tuple(prior.shape)}, expected one probability for each of the "
             f"{n_labels} labels"
         )
     if not (prior > 0).all() or not torch.isclose(prior.sum(), prior.new_ones(()), atol=1e-4):
-        raise ValueError(
+        raise InputError(
             f"y_prior sums to {prior.sum().item():.6g} and its smallest entry is "
             f"{prior.min().item():.6g}; expected positive probabilities that sum to 1"
         )
@@ -175,18 +200,18 @@ def checked_label_groups(labels_groups: Any, use: bool, n_labels: int) -> Tensor
             if use
             else ("use_labels_groups=True", "labels_groups")
         )
-        raise ValueError(f"{given} is given without {missing}; give both or neither")
+        raise InputError(f"{given} is given without {missing}; give both or neither")
     if labels_groups is None:
         return None
     groups = torch.as_tensor(labels_groups, dtype=torch.long)
     if groups.shape != (n_labels,):
-        raise ValueError(
+        raise InputError(
             f"labels_groups has shape {tuple(groups.shape)}, expected the group of each of the "
             f"{n_labels} labels"
         )
     found = groups.unique()
     if not torch.equal(found, torch.arange(len(found))):
-        raise ValueError(
+        raise InputError(
             f"labels_groups holds the ids {found.tolist()}; number them 0, 1, ... without gaps"
         )
     return groups
@@ -195,16 +220,16 @@ def checked_label_groups(labels_groups: Any, use: bool, n_labels: int) -> Tensor
 def checked_library_prior(values: Any, n_batch: int, name: str, positive: bool) -> Tensor:
     """Mean or variance of log library for each batch, (n_batch,)."""
     if values is None:
-        raise ValueError(
+        raise InputError(
             f"use_observed_lib_size=False needs {name}: one number for each of the {n_batch} "
             "batches, of the log of the cells' total counts"
         )
     values = torch.as_tensor(values, dtype=torch.get_default_dtype()).reshape(-1)
     if values.shape != (n_batch,):
-        raise ValueError(f"{name} holds {len(values)} numbers, expected {n_batch}: one a batch")
+        raise InputError(f"{name} holds {len(values)} numbers, expected {n_batch}: one a batch")
     if not values.isfinite().all() or (positive and not (values > 0).all()):
         wanted = "finite and positive" if positive else "finite"
-        raise ValueError(f"{name} is {values.tolist()}, expected {wanted} numbers")
+        raise InputError(f"{name} is {values.tolist()}, expected {wanted} numbers")
     return values
 
 
@@ -219,7 +244,7 @@ def check_absent(given: Mapping[str, Any], needs: str) -> None:
     """Refuse arguments that would be ignored."""
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name} is given, but it belongs to {needs}")
+            raise InputError(f"{name} is given, but it belongs to {needs}")
 
 
 def checked_layer_arguments(given: Mapping[str, Any] | None, argument: str) -> dict[str, Any]:
@@ -234,7 +259,7 @@ def checked_classifier_parameters(given: Mapping[str, Any] | None) -> dict[str, 
     known = ["n_hidden", "n_layers", "dropout_rate"]
     check_known(given, [*known, "logits"], "a key of classifier_parameters")
     if not given.pop("logits", True):
-        raise ValueError(
+        raise InputError(
             "classifier_parameters['logits'] is False, but the classifier always "
             "returns logits; take their softmax for probabilities"
         )
@@ -245,12 +270,19 @@ def checked_classifier_parameters(given: Mapping[str, Any] | None) -> dict[str, 
     return given
 
 
-class InputError(ValueError):
-    """Data or arguments of the user that cannot be worked with; the message says what to do."""
+class Sizes(Protocol):
+    """What a minibatch must fit."""
+
+    n_input: int
+    n_batch: int
+    n_labels: int
+    n_continuous_cov: int
+    n_cats_per_cov: tuple[int, ...]
+    use_size_factor_key: bool
 
 
 def check_cells(
-    vae: nn.Module,
+    sizes: Sizes,
     cells: Any,
     batch_given: bool = True,
     covariates: bool = True,
@@ -260,8 +292,8 @@ def check_cells(
 
     Parameters
     ----------
-    vae
-        The :class:`~pyro_scanvi.SCANVAE`.
+    sizes
+        A :class:`~pyro_scanvi.SCANVAE`, whose sizes are read.
     cells
         The :class:`~pyro_scanvi.Cells` that came in at a door.
     batch_given
@@ -272,26 +304,26 @@ def check_cells(
 
     Raises
     ------
-    ValueError
+    InputError
         For a wrong number of genes or rows, a code out of range, a negative or missing number,
         or a covariate that is announced but not given or given but not announced.
     """
-    if covariates and vae.n_batch > 1 and not batch_given:
-        raise ValueError(f"batch: none given, but the model has {vae.n_batch}; give the codes")
-    _check_counts(cells.x, vae.n_input)
+    if covariates and sizes.n_batch > 1 and not batch_given:
+        raise InputError(f"batch: none given, but the model has {sizes.n_batch}; give the codes")
+    _check_counts(cells.x, sizes.n_input)
     n_cells = len(cells.x)
-    check_codes("batch", cells.batch, n_cells, vae.n_batch)
-    check_codes("label", cells.label, n_cells, vae.n_labels, smallest=-1)
-    _check_continuous(cells.continuous, n_cells, vae.n_continuous_cov, covariates)
-    _check_categorical(cells.categorical, n_cells, vae.n_cats_per_cov, covariates)
-    _check_size_factor(cells.size_factor, n_cells, vae.use_size_factor_key, size_factors)
+    check_codes("batch", cells.batch, n_cells, sizes.n_batch)
+    check_codes("label", cells.label, n_cells, sizes.n_labels, smallest=-1)
+    _check_continuous(cells.continuous, n_cells, sizes.n_continuous_cov, covariates)
+    _check_categorical(cells.categorical, n_cells, sizes.n_cats_per_cov, covariates)
+    _check_size_factor(cells.size_factor, n_cells, sizes.use_size_factor_key, size_factors)
 
 
 def check_codes(name: str, codes: Tensor, n_cells: int, n: int, smallest: int = 0) -> None:
     """Refuse codes that are not one for each cell, or lie outside smallest..n-1."""
     check_shape(name, codes, (n_cells,))
     if n_cells and (codes.min() < smallest or codes.max() >= n):
-        raise ValueError(
+        raise InputError(
             f"{name} holds codes from {codes.min().item()} to {codes.max().item()}, expected "
             f"{smallest} to {n - 1}; encode the cells with the categories of the model"
         )
@@ -300,15 +332,15 @@ def check_codes(name: str, codes: Tensor, n_cells: int, n: int, smallest: int = 
 def check_shape(name: str, values: Tensor, expected: tuple[int, ...]) -> None:
     """Refuse a tensor of another shape."""
     if tuple(values.shape) != expected:
-        raise ValueError(f"{name} has shape {tuple(values.shape)}, expected {expected}")
+        raise InputError(f"{name} has shape {tuple(values.shape)}, expected {expected}")
 
 
 def check_latents(z: Tensor, library: Tensor, n_latent: int) -> None:
     """Refuse samples of z and of log l that are not (..., N, n_latent) and (..., N, 1)."""
     if z.ndim < 2 or z.shape[-1] != n_latent:
-        raise ValueError(f"z has shape {tuple(z.shape)}, expected (..., cells, {n_latent})")
+        raise InputError(f"z has shape {tuple(z.shape)}, expected (..., cells, {n_latent})")
     if library.shape not in {(*z.shape[:-1], 1), (z.shape[-2], 1)}:
-        raise ValueError(
+        raise InputError(
             f"library has shape {tuple(library.shape)}, expected {(*z.shape[:-1], 1)}: one "
             "logarithm a cell"
         )
@@ -317,7 +349,7 @@ def check_latents(z: Tensor, library: Tensor, n_latent: int) -> None:
 def flat(name: str, codes: Tensor) -> Tensor:
     """Integer codes of shape (N,), from whole numbers of shape (N,) or (N, 1)."""
     if codes.ndim not in (1, 2) or (codes.ndim == 2 and codes.shape[1] != 1):
-        raise ValueError(
+        raise InputError(
             f"{name} has shape {tuple(codes.shape)}, expected (cells,) or (cells, 1): one code "
             "a cell"
         )
@@ -328,7 +360,7 @@ def whole(name: str, codes: Tensor) -> Tensor:
     """The same codes as integers."""
     integers = codes.long()
     if not (integers == codes).all():
-        raise ValueError(f"{name} holds fractions or NaN; expected whole numbers")
+        raise InputError(f"{name} holds fractions or NaN; expected whole numbers")
     return integers
 
 
@@ -340,12 +372,12 @@ def known_labels(name: str, labels: Tensor, n_labels: int) -> Tensor:
 
 def _check_counts(x: Tensor, n_genes: int) -> None:
     if x.ndim != 2 or x.shape[1] != n_genes:
-        raise ValueError(
+        raise InputError(
             f"counts have shape {tuple(x.shape)}, expected (cells, {n_genes}): the genes of the "
             "model, in its order"
         )
     if x.numel() and not (x.isfinite().all() and x.min() >= 0):
-        raise ValueError(
+        raise InputError(
             f"counts hold negative numbers, NaN or infinity (the smallest is {x.min().item():.6g});"
             " expected raw counts"
         )
@@ -353,9 +385,9 @@ def _check_counts(x: Tensor, n_genes: int) -> None:
 
 def _check_announced(name: str, given: bool, announced: bool, read: bool, argument: str) -> None:
     if announced and read and not given:
-        raise ValueError(f"{name}: none given, but the model was built with {argument}; give it")
+        raise InputError(f"{name}: none given, but the model was built with {argument}; give it")
     if given and not announced:
-        raise ValueError(
+        raise InputError(
             f"{name}: given, but the model was built without {argument} and would ignore it; "
             "leave it out"
         )
@@ -368,7 +400,7 @@ def _check_continuous(values: Tensor | None, n_cells: int, n: int, read: bool) -
         return
     check_shape(name, values, (n_cells, n))
     if not values.isfinite().all():
-        raise ValueError(f"{name} hold NaN or infinity; expected finite numbers")
+        raise InputError(f"{name} hold NaN or infinity; expected finite numbers")
 
 
 def _check_categorical(
@@ -389,7 +421,7 @@ def _check_size_factor(values: Tensor | None, n_cells: int, announced: bool, rea
         return
     check_shape("size_factor", values, (n_cells, 1))
     if n_cells and not (values.isfinite().all() and values.min() > 0):
-        raise ValueError(
+        raise InputError(
             f"the smallest size_factor is {values.min().item():.6g}; expected finite and positive "
             "numbers"
         )

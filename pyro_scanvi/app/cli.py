@@ -1,5 +1,6 @@
 """The command line: ``pyro-scanvi annotate`` and ``pyro-scanvi demo``."""
 
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from pyro_scanvi.storage.stores import (
     read_anndata,
     write_anndata,
 )
-from pyro_scanvi.validation import InputError
+from pyro_scanvi.validation import Advice, InputError
 
 app = typer.Typer(
     help="Label every cell of an AnnData from a few labelled ones, with scANVI.",
@@ -130,6 +131,7 @@ CompressionChoice = Annotated[
 
 @app.command()
 def annotate(
+    context: typer.Context,
     source: Source,
     output: Output,
     labels_key: LabelsKey,
@@ -161,7 +163,7 @@ def annotate(
     obsm["scanvi_probabilities"], obsm["X_scanvi"] and uns["pyro_scanvi"]; all genes are kept. The
     folder of OUT has to be there, so that a typing error is found before training.
     """
-    with _plain_errors():
+    with _plain_errors(context):
         source, output = user_path(source), user_path(output)
         report = None if report is None else user_path(report)
         _check_outputs(output, report, source, overwrite)
@@ -199,6 +201,7 @@ def annotate(
 
 @app.command()
 def demo(
+    context: typer.Context,
     folder: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo_output"),
     labels_per_type: Annotated[
         int, typer.Option(min=1, help="Labels kept of each type, at most half of a type.")
@@ -207,7 +210,7 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """Annotate 700 real blood cells from a few labels, and score the result on the hidden ones."""
-    with _plain_errors():
+    with _plain_errors(context):
         folder = user_path(folder)
         check_makeable(folder)
         adata = datasets.pbmc68k_counts()
@@ -271,18 +274,36 @@ def _say(message: str, to: Console = console, style: str = "") -> None:
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def _plain_errors(context: typer.Context) -> Iterator[None]:
     """Say what is wrong with the input in a sentence; what is our fault keeps its traceback."""
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)  # what libraries will change
-        warnings.showwarning = lambda message, *_: _say(f"note: {message}", complaints, "yellow")
+        warnings.showwarning = lambda message, *_: _say(
+            f"note: {_with_options(message, context)}", complaints, "yellow"
+        )
         try:
             yield
         except InputError as error:
-            _say(f"error: {error}", complaints, "red")
+            _say(f"error: {_with_options(error, context)}", complaints, "red")
             sys.exit(2)
+
+
+def _quoted(value: Any) -> str:
+    return shlex.quote(str(value))
+
+
+def _with_options(told: Warning | InputError | str, context: typer.Context) -> str:
+    """A message, and the options of this command for the arguments that it advises to change."""
+    advised = told.mend if isinstance(told, InputError | Advice) else {}
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    given = [
+        options[name] if value is None or value is True else f"{options[name]} {_quoted(value)}"
+        for name, value in advised.items()
+        if name in options
+    ]
+    return f"{told} (on the command line: {', '.join(given)})" if given else str(told)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import anndata as ad
 import numpy as np
@@ -14,9 +14,9 @@ from pyro_scanvi.names import first
 from pyro_scanvi.threads import as_told
 from pyro_scanvi.validation import InputError, check_at_least
 
-Counts = csr_matrix | np.ndarray
+Counts: TypeAlias = csr_matrix | np.ndarray
 
-DROP_EMPTY = "; drop them with pyro_scanvi.drop_empty_cells(adata) or --drop-empty-cells"
+DROP_EMPTY = "; drop them with pyro_scanvi.drop_empty_cells(adata)"
 LARGEST_LOGARITHM = 30  # no log(1 + count) is larger
 ROUNDING_ERROR = 1e-3, 1e-5  # absolute and relative, of counts that went through a logarithm
 CELLS_LOOKED_AT = 100
@@ -76,10 +76,9 @@ class CountsPlace:
             raise InputError("the AnnData is backed by its file; load it with adata.to_memory()")
         matrix = self._held(adata)
         if matrix is None:
-            hint = _other_place(adata, self)
-            raise InputError(
-                f"{self} is empty; name the layer with the counts (layer=..., --layer){hint}"
-            )
+            hint, mend = _other_place(adata, self)
+            message = f"{self} is empty; name the layer with the counts (layer=...){hint}"
+            raise InputError(message, mend)
         if not issparse(matrix):
             return np.asarray(matrix)
         try:  # scipy would crash on indices out of range
@@ -149,11 +148,12 @@ def is_empty(counts: Counts) -> np.ndarray:
     return np.asarray(counts.sum(axis=1)).ravel() == 0
 
 
-def check_not_empty(counts: Counts, names: pd.Index, mend: str = DROP_EMPTY) -> None:
+def check_not_empty(counts: Counts, names: pd.Index, advice: str = DROP_EMPTY) -> None:
     """Refuse cells without counts, by name."""
     empty = is_empty(counts)
     if empty.any():
-        raise InputError(f"{empty.sum()} cells have no counts{first(names[empty])}{mend}")
+        message = f"{empty.sum()} cells have no counts{first(names[empty])}{advice}"
+        raise InputError(message, {"drop_empty_cells": True})
 
 
 def variable_genes(counts: Counts, batch: np.ndarray, n_top_genes: int) -> np.ndarray:
@@ -257,7 +257,7 @@ def _refuse(
     names: tuple[pd.Index, pd.Index],
     place: CountsPlace,
     adata: ad.AnnData,
-    mend: str = "",
+    advice: str = "",
 ) -> None:
     """InputError that names the first wrong value, if there is one."""
     if not wrong.any():
@@ -267,10 +267,12 @@ def _refuse(
     kind = "negative" if value < 0 else "fractional" if np.isfinite(value) else "not finite"
     others = int(wrong.sum()) - 1
     more = f", and {others} more like it" if others else ""
+    elsewhere, mend = _other_place(adata, place)
     raise InputError(
         f"the counts hold a value that is {kind}: {value:.6g} in cell {names[0][cell]!r}, "
-        f"gene {names[1][gene]!r}{more}; {mend}expected raw counts, 0, 1, 2, ... (name "
-        f"their layer with layer=..., --layer){_other_place(adata, place)}"
+        f"gene {names[1][gene]!r}{more}; {advice}expected raw counts, 0, 1, 2, ... (name "
+        f"their layer with layer=...){elsewhere}",
+        mend,
     )
 
 
@@ -282,14 +284,14 @@ def _position(counts: Counts, wrong: np.ndarray) -> tuple[int, int]:
     return int(np.searchsorted(counts.indptr, at, side="right")) - 1, int(counts.indices[at])
 
 
-def _other_place(adata: ad.AnnData, place: CountsPlace) -> str:
-    """Where else in the AnnData whole numbers stand, as advice."""
+def _other_place(adata: ad.AnnData, place: CountsPlace) -> tuple[str, dict[str, Any]]:
+    """Where else in the AnnData whole numbers stand, as advice and as the argument to give."""
     if not place.use_raw and adata.raw is not None and _holds_counts(adata.raw.X):
-        return "; raw holds whole numbers: use_raw=True, or --layer raw"
+        return "; raw holds whole numbers: use_raw=True", {"use_raw": True}
     for name, matrix in adata.layers.items():
         if name != place.layer and _holds_counts(matrix):
-            return f"; layer {name!r} holds whole numbers: layer={name!r}, or --layer {name}"
-    return ""
+            return f"; layer {name!r} holds whole numbers: layer={name!r}", {"layer": name}
+    return "", {"layer": None}
 
 
 def _holds_counts(matrix: Any) -> bool:

@@ -126,10 +126,9 @@ class Fields:
         if n_top_genes is None:
             return fields
         chosen = counts.variable_genes(data.counts, data.batch, n_top_genes)
-        mend = (
-            f" in the {len(chosen)} genes that were chosen; raise n_top_genes, or drop those cells"
-        )
-        counts.check_not_empty(data.counts[:, chosen], adata.obs_names, mend)
+        chosen_ones = f" in the {len(chosen)} genes that were chosen"
+        advice = f"{chosen_ones}; raise n_top_genes, or drop those cells"
+        counts.check_not_empty(data.counts[:, chosen], adata.obs_names, advice)
         return replace(fields, genes=fields.genes[chosen])
 
     @property
@@ -415,7 +414,8 @@ def _check_meant(labels: pd.Series, labels_key: str, unlabeled: str) -> None:
             f"obs[{labels_key!r}] holds {told}, which reads as if the label were not known, and "
             f"unlabeled_category is {unlabeled!r}: they would be taken for a type. Rename them: "
             f"{renaming(dict.fromkeys(near, unlabeled), labels_key)}; or give "
-            f"unlabeled_category={near[0]!r} (--unlabeled-category); a type needs a name of its own"
+            f"unlabeled_category={near[0]!r}; a type needs a name of its own",
+            {"unlabeled_category": near[0]},
         )
 
 

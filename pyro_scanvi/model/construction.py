@@ -113,7 +113,7 @@ def covariate_encoder(
     validation.check_known(kwargs, ["embedding_dim"], "an argument of the batch embedding")
     validation.check_at_least(1, **kwargs)
     if kwargs and not embedded:
-        raise ValueError("batch_embedding_kwargs needs batch_representation='embedding'")
+        raise validation.InputError("batch_embedding_kwargs needs batch_representation='embedding'")
     dim = kwargs.get("embedding_dim", EMBEDDING_DIM) if embedded else None
     return CovariateEncoder(
         max(sizes.n_batch, 1), sizes.n_cats_per_cov, sizes.n_continuous_cov, dim
@@ -174,7 +174,7 @@ def library_priors(
 def check_one_size(size_factor: bool, observed: bool) -> None:
     """Refuse to be given the size of a cell and to infer it."""
     if size_factor and not observed:
-        raise ValueError(
+        raise validation.InputError(
             "use_size_factor_key=True gives the size of each cell, use_observed_lib_size=False "
             "infers it; choose one"
         )

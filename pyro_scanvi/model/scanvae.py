@@ -127,7 +127,7 @@ class SCANVAE(PiecewiseInterface):
     ------
     TypeError
         For an unknown argument; the error names the nearest.
-    ValueError
+    InputError
         For a wrong size, value or combination.
 
     Examples
@@ -389,6 +389,8 @@ class SCANVAE(PiecewiseInterface):
             return x, None
         x = self.covariates.dense(x, cells.batch, cells.continuous)
         return x, self.covariates.one_hot(cells.batch, cells.categorical)
+
+    # ---- how it grows -----------------------------------------------------------------------
 
     def growth(self) -> dict[str, Growth]:
         """How parameters and buffers grow with new labels, batches and categories.

@@ -135,7 +135,7 @@ class PiecewiseInterface(nn.Module):
 
         Raises
         ------
-        ValueError
+        InputError
             For wrong sizes, codes out of range, or covariates other than announced.
         """
         q_z = self.q_z(self._encoder_cells(x, batch_index, cont_covs, cat_covs))
@@ -161,7 +161,7 @@ class PiecewiseInterface(nn.Module):
 
         Raises
         ------
-        ValueError
+        InputError
             As :meth:`classify`.
         """
         validation.check_at_least(1, n_samples=n_samples)
@@ -211,7 +211,7 @@ class PiecewiseInterface(nn.Module):
 
         Raises
         ------
-        ValueError
+        InputError
             For wrong sizes, codes out of range, covariates other than announced, a size factor or
             labels that are needed and not given.
         """
@@ -262,7 +262,7 @@ class PiecewiseInterface(nn.Module):
 
         Raises
         ------
-        ValueError
+        InputError
             If tensors, z or library do not fit the model, or nothing is labelled in
             `labelled_tensors`.
         """
@@ -303,7 +303,7 @@ class PiecewiseInterface(nn.Module):
 
         Raises
         ------
-        ValueError
+        InputError
             If the tensors do not fit the model.
         """
         validation.check_at_least(1, n_samples=n_samples)
@@ -334,7 +334,7 @@ class PiecewiseInterface(nn.Module):
 
         Raises
         ------
-        ValueError
+        InputError
             If keys are missing, unexpected or of another shape; it counts and lists them.
         TypeError
             For an unknown argument.
@@ -350,7 +350,7 @@ class PiecewiseInterface(nn.Module):
 
         Raises
         ------
-        ValueError
+        InputError
             If scvi-tools has no place for a part of this model.
         """
         state = scvi_state(self.state_dict())
@@ -388,7 +388,7 @@ class PiecewiseInterface(nn.Module):
 
         Raises
         ------
-        ValueError
+        InputError
             For wrong sizes, codes out of range, or covariates other than announced.
         """
         dtype = self.y_prior.dtype
@@ -416,11 +416,11 @@ class PiecewiseInterface(nn.Module):
 
         Raises
         ------
-        ValueError
+        InputError
             If ``X`` is missing, or anything does not fit the model.
         """
         if "X" not in tensors:
-            raise ValueError(
+            raise InputError(
                 f"tensors hold {', '.join(tensors) or 'nothing'}; expected X, the counts"
             )
         return self.cells(
@@ -462,7 +462,7 @@ class PiecewiseInterface(nn.Module):
         size_factor = None if log_size_factor is None else log_size_factor.exp()
         cells = self.cells(x, batch_index, y, cont_covs, cat_covs, size_factor)
         if self.reads_label and not cells.labelled.all():
-            raise ValueError(
+            raise InputError(
                 f"{(~cells.labelled).sum()} cells have no label in y, but the dispersion belongs "
                 "to a label; give the label of each cell"
             )
@@ -472,7 +472,7 @@ class PiecewiseInterface(nn.Module):
         """z, and l where it is latent, with their posteriors."""
         missing = [name for name in ("z", "library") if name not in outputs]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"inference_outputs lack {' and '.join(missing)}; see SCANVAE.inference"
             )
         validation.check_shape("z", outputs["z"], (len(cells), self.n_latent))
@@ -484,7 +484,7 @@ class PiecewiseInterface(nn.Module):
 
     def _classification_loss(self, cells: Cells) -> Tensor:
         if not cells.labelled.any():
-            raise ValueError(
+            raise InputError(
                 f"none of the {len(cells)} cells in labelled_tensors has a label in "
                 f"0..{self.n_labels - 1}; leave it out for a loss without a classification term"
             )

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from pyro_scanvi.training import nonfinite
 from pyro_scanvi.training.module import LightningObjective
 from pyro_scanvi.training.nonfinite import NonFiniteError
+from pyro_scanvi.validation import Advice
 
 MANY_GENES = 5000
 LONG_RUN = 120.0  # seconds
@@ -99,13 +100,13 @@ class TimeHint(Callback):
             self._say(seconds, left)
 
     def _say(self, seconds: float, left: int) -> None:
-        warnings.warn(
+        advice = Advice(
             f"the first epoch took {seconds:.1f} s, so that the {left} that follow will take about "
             f"{left * seconds / 60:.0f} minutes. The model reads {self.n_genes} genes: "
-            "SCANVI.setup_anndata(..., n_top_genes=2000), or --n-top-genes 2000, trains on the "
-            "most variable ones",
-            stacklevel=2,
+            "SCANVI.setup_anndata(..., n_top_genes=2000) trains on the most variable ones",
+            {"n_top_genes": 2000},
         )
+        warnings.warn(advice, stacklevel=2)
 
 
 class LastGoodWeights(Callback):

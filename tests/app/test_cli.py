@@ -17,10 +17,11 @@ import typer
 from scipy.sparse import csc_matrix, csr_matrix
 from typer.testing import CliRunner, Result
 
-from pyro_scanvi import SCANVI
+from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.app.cli import app
 from pyro_scanvi.data import fields
 from pyro_scanvi.metrics import label_scores
+from pyro_scanvi.validation import Advice
 from tests.examples import simulated
 
 N, G = 40, 12
@@ -388,6 +389,45 @@ BAD_INPUT = {  # AnnData, options, message
 @pytest.mark.parametrize(("adata", "options", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input(tmp_path, no_training, adata, options, message):
     assert_refused(tmp_path, annotate(tmp_path, adata, *options), message)
+
+
+def with_layer(name: str) -> ad.AnnData:
+    adata = some_cells()
+    adata.layers[name] = adata.X.copy()
+    adata.X = np.log1p(adata.X)
+    return adata
+
+
+OPTIONS = {  # AnnData, what the library says, and the option for it
+    "the layer": (bad_counts(-1), "name their layer with layer=...", "--layer"),
+    "that layer": (with_layer("counts"), "layer='counts'", "--layer counts"),
+    "a layer with a blank": (with_layer("my counts"), "layer='my counts'", "--layer 'my counts'"),
+    "empty cells": (without_counts(3), "drop_empty_cells", "--drop-empty-cells"),
+    "unlabelled": (
+        with_labels(pd.Categorical(["B", "nan", "T"])),
+        "unlabeled_category='nan'",
+        "--unlabeled-category nan",
+    ),
+}
+
+
+@pytest.mark.parametrize(("adata", "argument", "option"), OPTIONS.values(), ids=OPTIONS)
+def test_the_option_is_told_for_the_argument(tmp_path, no_training, adata, argument, option):
+    """By the command line alone: who calls the library is told of arguments."""
+    told = rf"{re.escape(argument)}.* \(on the command line: {re.escape(option)}\)"
+    assert_refused(tmp_path, annotate(tmp_path, adata), told)
+    with pytest.raises(InputError, match=re.escape(argument)) as error:
+        SCANVI.setup_anndata(adata, "cell_type", "Unknown")
+    assert "--" not in str(error.value)
+
+
+def test_the_option_is_told_for_advice(tmp_path, monkeypatch):
+    def advise(model, *args, **kwargs):
+        warnings.warn(Advice("it takes long", {"n_top_genes": 2000}), stacklevel=1)
+
+    monkeypatch.setattr(SCANVI, "train", advise)
+    result = annotate(tmp_path, some_cells())
+    assert "note: it takes long (on the command line: --n-top-genes 2000)\n" in result.stderr
 
 
 def test_early_stopping_without_held_out_cells(tmp_path):

@@ -325,7 +325,7 @@ def test_counts_in_raw(cellxgene, option):
 
 def test_the_refusal_says_where_counts_are(cellxgene, folder, no_training):  # noqa: F811
     result = annotate("in.h5ad", "out.h5ad")
-    assert_refused(folder, result, "log-normalised.* raw holds whole numbers: .* --layer raw")
+    assert_refused(folder, result, "log-normalised.* raw holds whole numbers: .* --use-raw")
 
 
 def test_empty_cells_are_those_of_raw(cellxgene, folder):
