@@ -19,10 +19,13 @@ class Described(Protocol):
 
     module: SCANVAE
     fields: Fields
-    vae_arguments: Mapping[str, Any]
+    vae_arguments: dict[str, Any]
     is_trained: bool
-    n_epochs_trained: int
     freeze: freezing.Freeze | None
+
+    @property
+    def n_epochs_trained(self) -> int:
+        """Number of epochs in the history."""
 
 
 def description(model: Described, label: np.ndarray) -> str:
@@ -68,14 +71,14 @@ def setup_table(fields: Fields) -> pd.DataFrame:
 def _columns(fields: Fields) -> list[tuple[str, str, np.ndarray | None]]:
     """What each column of obs is to the model, its key, its categories; None for numbers."""
     categorical = zip(fields.categorical_covariate_keys, fields.covariate_categories, strict=True)
-    columns = [
+    columns: list[tuple[str, str, np.ndarray | None]] = [
         ("labels", fields.labels_key, fields.classes),
         ("batch", fields.batch_key, fields.batches),
         ("size factor", fields.size_factor_key, None),
         *(("categorical covariate", key, known) for key, known in categorical),
         *(("continuous covariate", key, None) for key in fields.continuous_covariate_keys),
     ]
-    return [column for column in columns if column[1]]
+    return [(what, key, known) for what, key, known in columns if key]
 
 
 def _told(key: str, known: np.ndarray | None) -> str:

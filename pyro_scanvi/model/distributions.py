@@ -203,7 +203,7 @@ class _CountDistribution(TorchDistribution):
         batch_shape = torch.Size(batch_shape)
         for name in self.arg_constraints:
             setattr(new, name, getattr(self, name).expand(batch_shape))
-        super(_CountDistribution, new).__init__(batch_shape, validate_args=False)
+        TorchDistribution.__init__(new, batch_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
