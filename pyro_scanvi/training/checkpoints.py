@@ -184,8 +184,9 @@ def check_epochs(saved: Saved, max_epochs: int) -> None:
         )
 
 
-def digest(data: CellData, version: str = LATEST) -> str:
-    """Fingerprint of the data, behind the version of the rule that it was taken by."""
+def digest(data: CellData, version: str | None = None) -> str:
+    """Fingerprint of the data, after the version of the rule that it was taken by: the latest."""
+    version = version or LATEST
     return f"{version}:{DIGESTS[version](data)}"
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 
 from pyro_scanvi.training.phases import PHASES
 
+# One may end as another does: longer names first.
 SPLITS = sorted((s for p in PHASES for s in (p.name, p.held_out)), key=len, reverse=True)
 KL_LOCAL = "kl_local"  # the sum of our kl_*
 OTHER_NAMES = {"reconstruction_loss": "reconstruction", "classification_loss": "cross_entropy"}

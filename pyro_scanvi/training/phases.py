@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pyro_scanvi.model.objective import BoundModule
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.model.unsupervised import Unsupervised
-from pyro_scanvi.training.settings import WATCHED, DataSettings, Plan
+from pyro_scanvi.training.settings import TRAIN, VALIDATION, DataSettings, Plan
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ WARM_START = Phase(
     "pretrain", "pretrain_validation", lambda settings: settings.pretrain_epochs, _unsupervised
 )
 TRAINING = Phase(
-    *WATCHED,
+    TRAIN,
+    VALIDATION,
     lambda settings: settings.max_epochs,
     _semi_supervised,
     watched=True,

@@ -100,20 +100,15 @@ class _Run:
 
     def __post_init__(self) -> None:
         """Split the data; refuse what cannot be trained."""
-        of_data, plan = self.data_settings, self.plan
-        shares = of_data.train_size, of_data.split_seed, of_data.validation_size
+        settings = self.data_settings
+        shares = settings.train_size, settings.split_seed, settings.validation_size
         self.positions = split(self.data.label, *shares)
-        watching = {
-            "early_stopping": of_data.early_stopping is not None,
-            "lr_scheduler_metric": plan.watches_validation,
-        }
-        for name in (name for name, watches in watching.items() if watches):
-            self._check_scored(name)
-        settings = asdict(of_data) | plan.record()
-        fixed = {k: v for k, v in settings.items() if k not in MAY_CHANGE}
-        self.identity = fixed | self.trainer_settings.computing()
-        self.identity |= {"threads": told(), "data": checkpoints.digest(self.data)}
-        lengths = [phase.n_epochs(of_data) for phase in PHASES]
+        if settings.early_stopping is not None:
+            self._check_scored("early_stopping")
+        if self.plan.watches_validation:
+            self._check_scored("lr_scheduler_metric")
+        self.identity = self._identity()
+        lengths = [phase.n_epochs(settings) for phase in PHASES]
         later = {phase.name: sum(lengths[i + 1 :]) for i, phase in enumerate(PHASES)}
         self.hint = TimeHint(self.vae.n_input, later)
 
@@ -146,6 +141,13 @@ class _Run:
             error.fault.cells = np.sort(self.positions[error.held_out][error.fault.cells])
             raise
         return not trainer.should_stop
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run that resumes this one must share."""
+        settings = asdict(self.data_settings) | self.plan.record()
+        fixed = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+        surroundings = {"threads": told(), "data": checkpoints.digest(self.data)}
+        return fixed | self.trainer_settings.computing() | surroundings
 
     def _trainer(self, phase: Phase) -> lightning.Trainer:
         """A Lightning Trainer that writes nothing by itself; InputError if it refuses its settings.

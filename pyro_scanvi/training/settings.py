@@ -39,7 +39,7 @@ CHECKS: dict[Any, Callable[..., None]] = {
 }
 RISING = ("elbo", "accuracy", "macro_f1")  # metrics that training raises; it lowers the others
 FALLING = ("reconstruction", "cross_entropy", "calibration_error")
-WATCHED = ("train", "validation")  # splits of the phase whose scores are acted on
+TRAIN, VALIDATION = "train", "validation"  # splits whose scores a plan may watch
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 COMPUTING = ("accumulate_grad_batches", "limit_train_batches", "limit_val_batches")
 
@@ -114,16 +114,16 @@ class Plan:
             raise InputError(f"lr_factor={self.lr_factor}, expected a number between 0 and 1")
 
         metric, _, split = str(self.lr_scheduler_metric).rpartition("_")
-        if metric not in RISING + FALLING or split not in WATCHED:
+        if metric not in RISING + FALLING or split not in (TRAIN, VALIDATION):
             raise InputError(
                 f"lr_scheduler_metric={self.lr_scheduler_metric!r}, expected one of "
-                f"{', '.join(RISING + FALLING)} and {' or '.join(repr(f'_{s}') for s in WATCHED)}"
+                f"{', '.join(RISING + FALLING)} and '_{TRAIN}' or '_{VALIDATION}'"
             )
 
     @property
     def watches_validation(self) -> bool:
         """Whether the learning rate depends on held-out cells."""
-        return self.reduce_lr_on_plateau and self.lr_scheduler_metric.endswith("_validation")
+        return self.reduce_lr_on_plateau and self.lr_scheduler_metric.endswith(f"_{VALIDATION}")
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON holds them; a callable by its name."""

@@ -13,10 +13,13 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 from scipy.sparse import csr_matrix
 
-from pyro_scanvi import SCANVI, InputError
+from pyro_scanvi import SCANVAE, SCANVI, InputError
 from pyro_scanvi.data.minibatches import CellData
+from pyro_scanvi.training import checkpoints
 from pyro_scanvi.training.checkpoints import digest
 from pyro_scanvi.training.module import LightningObjective
+from pyro_scanvi.training.runs import fit
+from pyro_scanvi.training.settings import DataSettings, Plan, TrainerSettings
 from tests.examples import SMALL, file_limit, simulated, small_model
 
 N, EPOCHS = 90, 4  # three minibatches an epoch
@@ -336,6 +339,97 @@ def test_any_other_data_have_another_digest(name):
             continue
         digests.add(digest(replace(data, **{name: other})))
     assert len(digests) >= 4
+
+
+DATA = CellData(
+    counts=np.arange(12, dtype=np.float32).reshape(6, 2),
+    batch=np.arange(6) % 2,
+    label=np.arange(6) % 3 - 1,
+    continuous=np.arange(6, dtype=np.float32)[:, None],
+    categorical=np.arange(6)[:, None] % 2,
+    size_factor=np.arange(1, 7, dtype=np.float32)[:, None],
+    weight=np.array([0.5, 1.0, 1.5, 0.75, 1.25, 1.0], dtype=np.float32),
+)
+ABSENT = dict.fromkeys(["batch", "continuous", "categorical", "size_factor", "weight"])
+
+
+@pytest.mark.parametrize(
+    "data, expected", [(DATA, "d95d07841b46bc73"), (replace(DATA, **ABSENT), "8a7021d256f41292")]
+)
+def test_the_first_rule_of_the_digest_stays(data, expected):
+    """What version 0.1.0 gave, which did not say by which rule."""
+    assert digest(data, "1") == f"1:{expected}"
+
+
+@pytest.fixture(scope="module")
+def of_data(tmp_path_factory):
+    """Train a small model on such data, with checkpoints there or from there; the history."""
+    folder = tmp_path_factory.mktemp("run")
+
+    def train(data, epochs=2, ckpt_path=folder / "last.ckpt", **more):
+        vae = SCANVAE(2, n_labels=2, n_batch=2, n_continuous_cov=1, n_cats_per_cov=[2], n_hidden=4)
+        settings = DataSettings(epochs, batch_size=3)
+        history = []
+        trainer = TrainerSettings(progress_bar=False, **more)
+        fit(vae, data, Plan(), settings, trainer, history, ckpt_path)
+        return history
+
+    train(DATA, 1, ckpt_path=None, checkpoint_dir=folder)
+    return train
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(CellData)])
+def test_data_that_differ_in_a_field_are_refused(of_data, name):
+    """In one cell of it alone, whatever else they share."""
+    values = getattr(DATA, name).copy()
+    values[2] = values[3]
+    with pytest.raises(InputError, match=r"another training run: data was '1:\w+', is '1:\w+';"):
+        of_data(replace(DATA, **{name: values}))
+    assert [row["epoch"] for row in of_data(DATA) if row["split"] == "train"] == [0, 1]
+
+
+def refuse_other_cells(path):
+    other = small_model(simulated(N, seed=1), seed=2, dropout_rate=0.3)
+    with pytest.raises(InputError, match=r"data was '1:\w+', is '1:\w+'"):
+        other.train(2, batch_size=32, progress_bar=False, ckpt_path=path)
+
+
+def rewritten(path, folder, change):
+    """A checkpoint with another fingerprint of the data."""
+    checkpoint = torch.load(path, weights_only=True)
+    identity = checkpoint["pyro_scanvi"]["identity"]
+    identity["data"] = change(identity["data"])
+    torch.save(checkpoint, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def test_a_fingerprint_without_a_version_is_of_the_first(checkpoint, tmp_path):
+    """As the first checkpoints have it."""
+    path = rewritten(checkpoint, tmp_path, lambda data: data.removeprefix("1:"))
+    assert ":" not in torch.load(path)["pyro_scanvi"]["identity"]["data"]
+    assert_equal(run({}, epochs=2, ckpt_path=path), whole(epochs=2))
+    refuse_other_cells(path)
+
+
+@pytest.mark.parametrize("prefix", ["1:", ""])
+def test_a_later_rule_compares_earlier_checkpoints_by_theirs(
+    checkpoint, tmp_path, monkeypatch, prefix
+):
+    """And writes its own."""
+    (tmp_path / "old").mkdir()
+    path = rewritten(checkpoint, tmp_path / "old", lambda data: prefix + data.removeprefix("1:"))
+    monkeypatch.setitem(checkpoints.DIGESTS, "2", lambda data: "another")
+    monkeypatch.setattr(checkpoints, "LATEST", "2")
+    assert_equal(run({}, tmp_path, epochs=2, ckpt_path=path), whole(epochs=2))
+    written = torch.load(tmp_path / "last.ckpt")["pyro_scanvi"]["identity"]["data"]
+    assert written == "2:another"
+    refuse_other_cells(path)
+
+
+def test_a_rule_that_is_not_known_yet(checkpoint, tmp_path):
+    path = rewritten(checkpoint, tmp_path, lambda data: "3:0123456789abcdef")
+    with pytest.raises(InputError, match="written by a later version of pyro_scanvi"):
+        run({}, epochs=2, ckpt_path=path)
 
 
 def test_another_model_and_other_cells_are_refused(checkpoint):
