@@ -19,8 +19,8 @@ from rich.table import Table
 from pyro_scanvi import datasets
 from pyro_scanvi.app import plotting
 from pyro_scanvi.app.baselines import baseline_probabilities
+from pyro_scanvi.data.checks import check_names
 from pyro_scanvi.data.counts import empty_cells
-from pyro_scanvi.data.fields import check_names
 from pyro_scanvi.estimator.scanvi import DEFAULTS, FEW_LABELS_PLAN, SCANVI
 from pyro_scanvi.metrics import label_scores
 from pyro_scanvi.names import name_of
