@@ -69,6 +69,12 @@ def bare(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 
+def nearest(name: Any, known: Iterable[str], otherwise: str, cutoff: float = 0.4) -> str:
+    """The advice "did you mean ...?" with the known name that is most like it, if one is."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else otherwise
+
+
 def look_alikes(names: Iterable[str]) -> list[list[str]]:
     """Groups of names that differ in case and blanks alone."""
     groups: dict[str, list[str]] = {}

@@ -1,6 +1,5 @@
 """Checks at the door: say what we got, what we expected, and what to do."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_scanvi.names import listed, name_of, names_of, several
+from pyro_scanvi.names import listed, name_of, names_of, nearest, several
 
 LARGEST_SEED = 2**63
 
@@ -51,8 +50,7 @@ def check_known(
     for name in given:
         if name in known:
             continue
-        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+        hint = nearest(name, known, f"choose from {', '.join(known)}")
         raise error(f"{name!r} is not {what}; {hint}")
 
 
@@ -157,8 +155,7 @@ def positions_of(names: Any, known: Iterable, argument: str) -> list[int]:
         raise InputError(f"{argument} is empty; leave it out, or name at least one")
     unknown = [name for name in names if name not in position]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], position, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}?" if near else f"the model knows {listed(position)}"
+        hint = nearest(unknown[0], position, f"the model knows {listed(position)}")
         raise InputError(
             f"{argument}: the model does not know {unknown[0]!r}"
             + (f" and {len(unknown) - 1} more" if unknown[1:] else "")

@@ -1,15 +1,14 @@
 """Columns of obs: keys, categories and their codes, numbers; each checked, none remembered."""
 
-import difflib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 
-from pyro_scanvi.names import first, listed, look_alikes, names_of, renaming
+from pyro_scanvi.names import first, listed, look_alikes, names_of, nearest, renaming
 from pyro_scanvi.validation import InputError
 
 MISSING, UNSEEN = -2, -1  # codes of cells without a value, and with one that is not known
@@ -53,10 +52,8 @@ def check_keys(adata: ad.AnnData, keys: Iterable[str]) -> None:
             )
         if key in adata.obs:
             continue
-        near = difflib.get_close_matches(str(key), columns, n=1)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(columns) or 'none'}"
-        )
+        there_are = f"there are: {', '.join(columns) or 'none'}"
+        hint = nearest(key, columns, there_are, cutoff=0.6)
         raise InputError(f"obs has no column {key!r}; {hint}")
 
 
@@ -150,3 +147,31 @@ def numbers_of(adata: ad.AnnData, key: str) -> np.ndarray:
         name = adata.obs_names[~np.isfinite(values)][0]
         raise InputError(f"obs[{key!r}] is not finite, first in cell {name!r}")
     return values
+
+
+def weights_of(adata: ad.AnnData, weights: str | Sequence[float] | None) -> np.ndarray | None:
+    """Weight of each cell, a column of obs or numbers, scaled to a mean of 1; (N,)."""
+    if weights is None:
+        return None
+    values = np.asarray(_given_weights(adata, weights), dtype=np.float32)
+    if values.shape != (adata.n_obs,):
+        raise InputError(
+            f"cell_weights has shape {values.shape}, expected one number for each of the "
+            f"{adata.n_obs} cells"
+        )
+    wrong = ~(np.isfinite(values) & (values > 0))
+    if wrong.any():
+        raise InputError(
+            f"cell_weights holds {values[wrong][0]} for cell {adata.obs_names[wrong][0]!r}, "
+            "expected positive numbers; leave cells out by adata[cells]"
+        )
+    return values / values.mean()
+
+
+def _given_weights(
+    adata: ad.AnnData, weights: str | Sequence[float]
+) -> Sequence[float] | np.ndarray:
+    if not isinstance(weights, str):
+        return weights
+    check_keys(adata, [weights])
+    return numbers_of(adata, weights)

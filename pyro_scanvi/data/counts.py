@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -10,11 +10,10 @@ import pandas as pd
 import scanpy as sc
 from scipy.sparse import csr_matrix, issparse
 
+from pyro_scanvi.data.minibatches import Counts
 from pyro_scanvi.names import first
 from pyro_scanvi.threads import as_told
 from pyro_scanvi.validation import InputError, check_at_least
-
-Counts: TypeAlias = csr_matrix | np.ndarray
 
 DROP_EMPTY = "; drop them with pyro_scanvi.drop_empty_cells(adata)"
 LARGEST_LOGARITHM = 30  # no log(1 + count) is larger
@@ -197,10 +196,12 @@ def _copied(matrix: Any, columns: np.ndarray | None) -> Counts:
 
 
 def _values(counts: Counts) -> np.ndarray:
-    return counts.data if issparse(counts) else counts
+    return counts if isinstance(counts, np.ndarray) else counts.data
 
 
-def _whole(counts: Counts, names: tuple, place: CountsPlace, adata: ad.AnnData) -> Counts:
+def _whole(
+    counts: Counts, names: tuple[pd.Index, pd.Index], place: CountsPlace, adata: ad.AnnData
+) -> Counts:
     """Whole numbers, in place; what is not counts is refused."""
     values = _values(counts)
     _refuse(counts, ~np.isfinite(values) | (values < 0), names, place, adata)
@@ -219,27 +220,34 @@ def _whole(counts: Counts, names: tuple, place: CountsPlace, adata: ad.AnnData) 
     return counts
 
 
-def _refuse_normalised(counts: Counts, fractional: np.ndarray, *where: Any) -> None:
+def _refuse_normalised(
+    counts: Counts,
+    fractional: np.ndarray,
+    names: tuple[pd.Index, pd.Index],
+    place: CountsPlace,
+    adata: ad.AnnData,
+) -> None:
     largest = _values(counts).max()
     surely = _are_normalised(counts)
     if not surely and largest >= LARGEST_LOGARITHM:
         return
     kind = "log-normalised" if largest < LARGEST_LOGARITHM else "normalised"
     doubt = "if they are corrected counts, round them: adata.X = adata.X.round(); "
-    _refuse(counts, fractional, *where, f"these look {kind}; {'' if surely else doubt}")
+    advice = f"these look {kind}; {'' if surely else doubt}"
+    _refuse(counts, fractional, names, place, adata, advice)
 
 
 def _are_normalised(counts: Counts) -> bool:
     """Whether cells hold whole numbers times a factor, or a logarithm of that, or one total."""
     rows = counts[:CELLS_LOOKED_AT]
-    dense = np.asarray(rows.toarray() if issparse(rows) else rows, dtype=float)
+    dense = np.asarray(rows if isinstance(rows, np.ndarray) else rows.toarray(), dtype=float)
     totals = dense.sum(1)
     if len(totals) > 1 and np.ptp(totals) <= 1e-3 * totals.mean():
         return True
     told = [row[row > 0] for row in dense if len(np.unique(row[row > 0])) >= VALUES_THAT_TELL]
     with np.errstate(over="ignore"):  # what is no logarithm may be beyond any power
         scaled = [any(_is_multiple(undo(row)) for undo in UNDO) for row in told]
-    return bool(scaled) and np.mean(scaled) >= SHARE_OF_NORMALISED
+    return bool(scaled) and bool(np.mean(scaled) >= SHARE_OF_NORMALISED)
 
 
 def _is_multiple(values: np.ndarray) -> bool:
@@ -278,8 +286,9 @@ def _refuse(
 
 def _position(counts: Counts, wrong: np.ndarray) -> tuple[int, int]:
     """Row and column of the first entry that is wrong."""
-    if not issparse(counts):
-        return tuple(int(i) for i in np.argwhere(wrong)[0])
+    if isinstance(counts, np.ndarray):
+        cell, gene = np.argwhere(wrong)[0]
+        return int(cell), int(gene)
     at = int(np.flatnonzero(wrong)[0])
     return int(np.searchsorted(counts.indptr, at, side="right")) - 1, int(counts.indices[at])
 

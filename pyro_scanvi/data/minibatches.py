@@ -3,12 +3,15 @@
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix, issparse
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+Counts: TypeAlias = csr_matrix | np.ndarray
 
 UNLABELED = -1
 SMALLEST_LIBRARY_VARIANCE = 1e-4
@@ -81,8 +84,10 @@ class Cells:
 
     def to(self, *args, **kwargs) -> "Cells":
         """Move every tensor to a device; arguments of :meth:`torch.Tensor.to`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(*args, **kwargs) for k, v in tensors.items() if isinstance(v, Tensor)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            k: v.to(*args, **kwargs) for k, v in values.items() if isinstance(v, Tensor)
+        }
         return replace(self, **moved)
 
     def __len__(self) -> int:
@@ -101,16 +106,15 @@ class CellData(Dataset):
     counts
         (N, G), CSR or dense.
     batch, label
-        Codes, (N,); label is ``UNLABELED`` where it is not known; batch is None where it was not
-        given and is not read.
+        Codes, (N,); label is ``UNLABELED`` where it is not known.
     continuous, categorical, size_factor
         Further covariates, (N, C) and (N, D), and size factors, (N, 1); None where not used.
     weight
         Weight of each cell in the objective, (N,); None is 1.
     """
 
-    counts: csr_matrix | np.ndarray
-    batch: np.ndarray | None
+    counts: Counts
+    batch: np.ndarray  # None only where nothing reads it
     label: np.ndarray
     continuous: np.ndarray | None = None
     categorical: np.ndarray | None = None
@@ -122,9 +126,11 @@ class CellData(Dataset):
 
     def __getitem__(self, positions: np.ndarray) -> Cells:
         rows = self.subset(positions)
-        counts = rows.counts.toarray() if issparse(rows.counts) else rows.counts
+        counts = rows.counts if isinstance(rows.counts, np.ndarray) else rows.counts.toarray()
         arrays = {f.name: getattr(rows, f.name) for f in fields(rows) if f.name != "counts"}
-        tensors = {k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()}
+        tensors: dict[str, Any] = {
+            k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()
+        }
         x = torch.from_numpy(np.asarray(counts, dtype=np.float32))
         return Cells(x=x, index=torch.as_tensor(positions), n_obs=len(self), **tensors)
 
@@ -136,10 +142,12 @@ class CellData(Dataset):
     def subset(self, positions: np.ndarray) -> "CellData":
         """The cells at `positions`, as a data set of their own."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-        return CellData(**{k: None if v is None else v[positions] for k, v in arrays.items()})
+        chosen: dict[str, Any] = {k: v if v is None else v[positions] for k, v in arrays.items()}
+        return replace(self, **chosen)
 
 
-def _same(one: csr_matrix | np.ndarray | None, other: csr_matrix | np.ndarray | None) -> bool:
+def _same(one: Any, other: Any) -> bool:
+    """Whether two matrices or arrays are the same; None is None."""
     if issparse(one) and issparse(other):
         return one.shape == other.shape and (one != other).nnz == 0
     return type(one) is type(other) and np.array_equal(one, other)
@@ -253,15 +261,15 @@ def split(
     validation, unused = [], []
     for code in np.unique(label):
         members = rng.permutation(np.flatnonzero(label == code))
-        held_out = int(len(members) * validation_size + 1e-9)
-        left_out = int(len(members) * (1 - train_size - validation_size) + 1e-9)
-        validation.append(members[:held_out])
-        unused.append(members[held_out : held_out + left_out])
+        n_held = int(len(members) * validation_size + 1e-9)
+        n_left = int(len(members) * (1 - train_size - validation_size) + 1e-9)
+        validation.append(members[:n_held])
+        unused.append(members[n_held : n_held + n_left])
     held_out = np.sort(np.concatenate(validation))
     return np.setdiff1d(np.arange(len(label)), np.concatenate([held_out, *unused])), held_out
 
 
-def total_counts(counts: csr_matrix | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def total_counts(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
     """Total count of each cell, (N,), and of each gene, (G,), summed in float64."""
     of_cells, of_genes = np.zeros(counts.shape[0]), np.zeros(counts.shape[1])
     for start in range(0, len(of_cells), CELLS_AT_ONCE):

@@ -9,6 +9,7 @@ import anndata as ad
 import torch
 from torch import Tensor
 
+from pyro_scanvi.data import notes
 from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.storage import models
@@ -57,7 +58,7 @@ class Saved:
         freeze = record.get("freeze")  # not in records of plain models
         return cls(
             state=state,
-            fields=Fields.from_json(record["fields"]),
+            fields=Fields(**notes.from_json(record["fields"])),
             arguments=record["arguments"],
             seed=record["seed"],
             is_trained=record.get("is_trained", True),  # this one and the next: not in old records

@@ -15,8 +15,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from pyro_scanvi.data.fields import UNS_KEY, WRITTEN, Fields, weights_of
+from pyro_scanvi.data.columns import weights_of
+from pyro_scanvi.data.fields import Fields
+from pyro_scanvi.data.labels import WRITTEN
 from pyro_scanvi.data.minibatches import CellData, library_prior, split
+from pyro_scanvi.data.notes import UNS_KEY
 from pyro_scanvi.estimator import summary
 from pyro_scanvi.estimator.saved import Saved
 from pyro_scanvi.model.scanvae import SCANVAE

@@ -14,6 +14,7 @@ from torch import nn
 
 from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.data.minibatches import library_prior
+from pyro_scanvi.storage import models
 from tests.examples import SMALL, as_they_are, simulated
 from tests.surgery.test_growing import BatchShift, LearnedPi
 
@@ -218,6 +219,25 @@ def test_a_parameter_of_ones_own_is_frozen_as_ours_are():
     assert (row.entries, row.new, row.trainable, row.changed) == (4, 1, 1, 0)
     assert torch.equal(model.module.log_pi[:3], reference.module.log_pi)
     assert model.module.log_pi[3] != before[3]
+
+
+def test_old_records_are_references_too(query, tmp_path, monkeypatch):
+    """As versions before wrote them: of trained models only, of one class, counts in X."""
+    model = as_they_are(model_of(cohort(REFERENCE_BATCHES)))
+    write, later = models.write_model, ("is_trained", "freeze", "module_class")
+
+    def write_as_before(directory, state, record, adata):
+        del record["fields"]["use_raw"]
+        write(directory, state, {k: v for k, v in record.items() if k not in later}, adata)
+
+    monkeypatch.setattr(models, "write_model", write_as_before)
+    model.save(tmp_path / "old")
+    opened = SCANVI.load(tmp_path / "old", cohort(REFERENCE_BATCHES))
+    assert opened.is_trained and opened.freeze is None and not opened.fields.use_raw
+    assert opened.predict(soft=True).equals(model.predict(soft=True))
+    found = SCANVI.load_query_data(query.copy(), tmp_path / "old")
+    expected = SCANVI.load_query_data(query.copy(), model)
+    assert found.predict(soft=True).equals(expected.predict(soft=True))
 
 
 def test_the_class_of_a_folder_is_asked_for(query, tmp_path):

@@ -1,0 +1,67 @@
+"""Which values of a column of obs are labels, and which say that there is none."""
+
+import warnings
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from pyro_scanvi.data.columns import categories, column_of, names_of_cells
+from pyro_scanvi.names import listed, name_of, names_of, reads_unlabeled, renaming
+from pyro_scanvi.validation import InputError
+
+WRITTEN = ("scanvi_prediction", "scanvi_confidence")  # columns of obs
+
+
+def unlabeled_name(category: Any) -> str:
+    """The unlabelled category as a name; "Unknown" where only missing values are unlabelled."""
+    if not np.isscalar(category) and category is not None and category is not pd.NA:
+        raise InputError(f"unlabeled_category={category!r}, expected one value")
+    return "Unknown" if pd.isna(category) else name_of(category)
+
+
+def check_not_ours(labels_key: str) -> None:
+    """Refuse a column that predictions will replace."""
+    if labels_key in WRITTEN:
+        raise InputError(
+            f"obs[{labels_key!r}] is where predictions are written, replacing the labels; "
+            "copy it to a column of another name"
+        )
+
+
+def find_classes(adata: ad.AnnData, labels_key: str, unlabeled_category: str) -> np.ndarray:
+    """The labels that occur, in the order of their categories, without the unlabelled one."""
+    labels = column_of(adata, labels_key)
+    check_meant(names_of_cells(labels, None), labels_key, unlabeled_category)
+    found = categories(adata, labels_key, complete=False)
+    is_class = np.array(names_of(found)) != unlabeled_category
+    classes, column = found[is_class], f"obs[{labels_key!r}]"
+    if len(classes) == 0:
+        raise InputError(f"no cell is labelled: {column} is {unlabeled_category!r} everywhere")
+    if len(classes) == 1:
+        raise InputError(
+            f"{column} has a single class, {classes[0]!r}; there is nothing to tell apart"
+        )
+    if is_class.all() and not labels.isna().any():
+        warnings.warn(
+            f"{unlabeled_category!r} does not occur in {column}: all {adata.n_obs} cells count as "
+            f"labelled, as {listed(classes)}",
+            stacklevel=3,
+        )
+    return classes
+
+
+def check_meant(labels: pd.Series, labels_key: str, unlabeled: str) -> None:
+    """Refuse labels that look as if they meant that the label is not known."""
+    found = labels.value_counts()
+    near = [n for n in found.index if n != unlabeled and reads_unlabeled(n, unlabeled)]
+    if near:
+        told = ", ".join(f"{found[name]} cells labelled {name!r}" for name in near)
+        raise InputError(
+            f"obs[{labels_key!r}] holds {told}, which reads as if the label were not known, and "
+            f"unlabeled_category is {unlabeled!r}: they would be taken for a type. Rename them: "
+            f"{renaming(dict.fromkeys(near, unlabeled), labels_key)}; or give "
+            f"unlabeled_category={near[0]!r}; a type needs a name of its own",
+            {"unlabeled_category": near[0]},
+        )

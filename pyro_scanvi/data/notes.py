@@ -1,0 +1,72 @@
+"""The setup of an AnnData as it is noted: in its ``uns``, and as JSON beside a saved model.
+
+Both hold the arguments of :class:`~pyro_scanvi.data.fields.Fields`, each in the form that its file
+can keep.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import anndata as ad
+import numpy as np
+
+from pyro_scanvi.data.checks import check_names
+from pyro_scanvi.validation import InputError
+
+UNS_KEY = "pyro_scanvi"
+KEYS = ("categorical_covariate_keys", "continuous_covariate_keys")
+ARRAYS = ("classes", "batches", "genes")
+
+
+def to_uns(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain dict of strings and arrays, which ``write_h5ad`` keeps."""
+    keys = {name: np.array(arguments[name], dtype=object) for name in KEYS}
+    # By number, not by key: a file takes the slash in a key for a group.
+    by_number = {str(i): values for i, values in enumerate(arguments["covariate_categories"])}
+    return {**arguments, **keys, "covariate_categories": by_number}
+
+
+def from_uns(adata: ad.AnnData) -> dict[str, Any]:
+    """The arguments that an AnnData holds; InputError if it was not set up."""
+    if "setup" not in adata.uns.get(UNS_KEY, {}):
+        raise InputError(
+            "this AnnData has not been set up; call SCANVI.setup_anndata(adata, labels_key, "
+            "unlabeled_category, ...) first"
+        )
+    stored = adata.uns[UNS_KEY]["setup"]
+    by_number = stored["covariate_categories"]
+    covariates = [by_number[str(i)] for i in range(len(by_number))]
+    return from_json({**stored, "covariate_categories": covariates})
+
+
+def from_json(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a record, its arrays and tuples being lists or arrays, which are copied."""
+    return {
+        **stored,
+        **{name: np.array(stored[name]) for name in ARRAYS},
+        **{name: tuple(map(str, stored[name])) for name in KEYS},
+        "covariate_categories": tuple(map(np.array, stored["covariate_categories"])),
+        "use_raw": bool(stored.get("use_raw", False)),  # not in old records
+    }
+
+
+def note(adata: ad.AnnData, arguments: Mapping[str, Any]) -> None:
+    """Write a setup into ``adata.uns``."""
+    adata.uns[UNS_KEY] = {"setup": to_uns(arguments)}
+
+
+@contextmanager
+def noted(adata: ad.AnnData, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Write a setup; if what is done with it fails, put back what was there."""
+    check_names(adata)
+    before = adata.uns.get(UNS_KEY)
+    note(adata, arguments)
+    try:
+        yield
+    except BaseException:
+        if before is None:
+            del adata.uns[UNS_KEY]
+        else:
+            adata.uns[UNS_KEY] = before
+        raise
