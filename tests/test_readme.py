@@ -1,26 +1,58 @@
-"""The Python of the README runs."""
+"""The Python of README and of the pages in docs runs, and what they link to is there."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
+EPOCHS = re.compile(r"epochs=\d+")
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
-@pytest.mark.parametrize("n_blocks", [1, len(BLOCKS)], ids=["quick start", "all in order"])
-def test_blocks_run(n_blocks, monkeypatch, capsys):
-    """Fewer epochs, otherwise as they stand."""
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run(page: Path, code: str, namespace: dict, epochs: int = 2) -> None:
+    """Fewer epochs, otherwise as it stands."""
+    exec(compile(EPOCHS.sub(f"epochs={epochs}", code), page.name, "exec"), namespace)
+
+
+@pytest.fixture(scope="module")
+def quick_start() -> dict:
+    """What README's first block leaves."""
     namespace: dict = {}
-    for block in BLOCKS[:n_blocks]:
-        exec(
-            compile(block.replace("max_epochs=150", "max_epochs=2"), README.name, "exec"), namespace
-        )
-    assert namespace["adata"].obs["predicted"].isin(namespace["model"].fields.classes).all()
-    assert namespace["probabilities"].shape == (700, 10)
+    run(README, blocks(README)[0], namespace)
+    return namespace
 
 
-def test_quick_start_is_short():
-    """Fifteen lines at most."""
-    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 15
+def test_the_quick_start_runs(quick_start):
+    adata, model = quick_start["adata"], quick_start["model"]
+    assert adata.obs["predicted"].isin(model.fields.classes).all()
+    assert quick_start["probabilities"].shape == (700, 10)
+
+
+@pytest.mark.filterwarnings("ignore:a file takes other names")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_run(page, quick_start):
+    """In order, after the quick start."""
+    namespace = dict(quick_start)
+    for block in blocks(page)[page == README :]:
+        run(page, block, namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    missing = [x for x in LINK.findall(page.read_text("utf-8")) if not (page.parent / x).exists()]
+    assert not missing
+
+
+def test_readme_is_short():
+    """Fifteen lines of quick start, a page of all."""
+    assert len([line for line in blocks(README)[0].splitlines() if line.strip()]) <= 15
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 130
+    assert len(DOCS) >= 8
