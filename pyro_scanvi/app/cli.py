@@ -164,8 +164,7 @@ def annotate(
     folder of OUT has to be there, so that a typing error is found before training.
     """
     with _plain_errors(context):
-        source, output = user_path(source), user_path(output)
-        report = None if report is None else user_path(report)
+        source, output, report = user_path(source), user_path(output), report and user_path(report)
         _check_outputs(output, report, source, overwrite)
         adata, layout = _read_for(output, source, compression)
         if drop_empty_cells:

@@ -58,8 +58,8 @@ def setup_table(fields: Fields) -> pd.DataFrame:
         Index ``field``; ``place`` in the AnnData; ``n_categories``, of counts the number of
         genes, missing for numbers; the first ``categories``.
     """
-    rows = [("counts", str(fields.place), fields.genes)]
-    rows += [(what, f"obs[{key!r}]", known) for what, key, known in _columns(fields)]
+    counts: list[tuple[str, str, np.ndarray | None]] = [("counts", str(fields.place), fields.genes)]
+    rows = counts + [(what, f"obs[{key!r}]", known) for what, key, known in _columns(fields)]
     table = {
         "place": [place for _, place, _ in rows],
         "n_categories": pd.array([None if k is None else len(k) for *_, k in rows], dtype="Int64"),
