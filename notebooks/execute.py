@@ -5,7 +5,8 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from pyro_scanvi.files import replacing
+
+from pyro_scanvi.storage.files import replacing
 
 FOLDER = Path(__file__).parent
 

@@ -61,6 +61,14 @@ def hide_labels(
         Of the choice.
     hidden
         Value of the hidden ones.
+
+    Examples
+    --------
+    >>> hide_labels(pd.Series(["B", "T"] * 4), n_per_label=1, seed=0).value_counts()
+    Unknown    6
+    B          1
+    T          1
+    Name: count, dtype: int64
     """
     rng = np.random.default_rng(seed)
     values = labels.astype(str).to_numpy()

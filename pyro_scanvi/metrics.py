@@ -21,6 +21,13 @@ def expected_calibration_error(
         Probability of the predicted label, (N,).
     n_bins
         Number of bins on [0, 1].
+
+    Examples
+    --------
+    Half of them are right, and the model was sure of each:
+
+    >>> expected_calibration_error(np.array([1.0, 0.0]), np.array([1.0, 1.0]))
+    0.5
     """
     bins = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
     gaps = np.bincount(bins, weights=correct - confidence, minlength=n_bins)
@@ -36,6 +43,12 @@ def label_scores(label: np.ndarray, probabilities: np.ndarray) -> dict[str, floa
         True codes, (N,).
     probabilities
         Of each label, (N, L).
+
+    Examples
+    --------
+    >>> probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.4, 0.6]])
+    >>> label_scores(np.array([0, 1, 0, 0]), probabilities)["accuracy"]
+    0.75
     """
     predicted = probabilities.argmax(1)
     correct = (predicted == label).astype(float)

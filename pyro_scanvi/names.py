@@ -43,6 +43,11 @@ def names_of(values: Iterable) -> list[str]:
     return [name_of(value) for value in values]
 
 
+def several(given: Any) -> list:
+    """A name as a list of one, and several as a list."""
+    return [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+
+
 def reads_unlabeled(name: str, unlabeled: str) -> bool:
     """Whether a label that is not the unlabelled category looks as if it meant it.
 

@@ -8,8 +8,11 @@ follows without a word: ``sc.pp.normalize_total`` of a sparse matrix can double 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def told() -> int:
@@ -35,6 +38,6 @@ def as_told() -> Iterator[None]:
             _in_a_new_thread(lambda: torch.set_num_threads(wanted))
 
 
-def _in_a_new_thread(do: Callable[[], int | None]) -> int | None:
+def _in_a_new_thread(do: Callable[[], T]) -> T:
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(do).result()

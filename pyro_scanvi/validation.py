@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_scanvi.names import listed, name_of, names_of, nearest
+from pyro_scanvi.names import listed, name_of, names_of, nearest, several
 
 LARGEST_SEED = 2**63
 
@@ -54,7 +54,7 @@ def check_known(
         raise error(f"{name!r} is not {what}; {hint}")
 
 
-def look_up(table: Mapping[str, Any], choice: str | Callable, argument: str) -> Any:
+def look_up(table: Mapping[Any, Any], choice: Any, argument: str) -> Any:
     """The entry of a table, or `choice` itself where it is a part and not a name."""
     if not isinstance(choice, str | bool | None):
         return choice
@@ -147,10 +147,10 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed={seed}, expected an integer below 2**63")
 
 
-def positions_of(names: Iterable, known: Iterable, argument: str) -> list[int]:
-    """Where each name stands among the known ones, read as names; unknown names are refused."""
+def positions_of(names: Any, known: Iterable, argument: str) -> list[int]:
+    """Where a name or several stand among the known ones; unknown names are refused."""
     position = {name_of(name): i for i, name in enumerate(known)}
-    names = names_of(names)
+    names = names_of(several(names))
     if not names:
         raise InputError(f"{argument} is empty; leave it out, or name at least one")
     unknown = [name for name in names if name not in position]

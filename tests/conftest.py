@@ -11,6 +11,7 @@ from pyro_scanvi import SCANVI
 from tests.examples import simulated, small_model
 
 matplotlib.use("agg")
+collect_ignore = ["reference/make.py"]  # the search for examples would import scvi-tools
 THREADS = torch.get_num_threads()  # see tests/__init__.py
 
 

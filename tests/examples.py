@@ -10,11 +10,15 @@ import pandas as pd
 import torch
 
 from pyro_scanvi import SCANVAE, SCANVI, Cells
+from pyro_scanvi.posterior.trained import Trained
 from pyro_scanvi.surgery.growing import grow
 
 TYPES = ("B", "NK", "T")
 SMALL = {"n_hidden": 16, "n_latent": 4, "dropout_rate": 0.1, "linear_classifier": False}
 SIZES = {"n_input": 20, "n_labels": 3, "n_hidden": 8, "n_latent": 4}
+QUESTIONS = sorted(  # the methods that SCANVI inherits
+    name for theme in Trained.__subclasses__() for name in vars(theme) if not name.startswith("_")
+)
 
 
 def small_vae(seed: int = 0, **changes) -> SCANVAE:

@@ -9,27 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import anndata as ad
-import matplotlib.pyplot
-import numpy as np
-import pandas as pd
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from pyro_scanvi import datasets
-from pyro_scanvi.app import plotting
-from pyro_scanvi.app.baselines import baseline_probabilities
+from pyro_scanvi.app.report import score_table, write_report
 from pyro_scanvi.data.checks import check_names
 from pyro_scanvi.data.counts import empty_cells
 from pyro_scanvi.estimator.scanvi import DEFAULTS, FEW_LABELS_PLAN, SCANVI
-from pyro_scanvi.metrics import label_scores
-from pyro_scanvi.names import name_of
 from pyro_scanvi.storage.files import (
     check_makeable,
-    disk_errors,
     is_within,
-    make_folder,
-    replacing,
     user_path,
 )
 from pyro_scanvi.storage.stores import (
@@ -48,7 +38,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-LONGEST_NAME = 40  # letters, in the legend of a picture
 console = Console()
 complaints = Console(stderr=True)
 
@@ -230,64 +219,10 @@ def demo(
         model = SCANVI(adata, seed=seed)
         model.train(max_epochs, plan_kwargs=FEW_LABELS_PLAN)
         model.annotate()
-        write_report(model, folder)
+        _write_report(model, folder)
         write_anndata(adata, folder / "annotated.h5ad")
         _say(f"annotated cells: {folder / 'annotated.h5ad'}")
         console.print(score_table(model))
-
-
-def write_report(model: SCANVI, folder: Path) -> None:
-    """UMAP of the latent space and loss curves, as PNG, into a folder."""
-    matplotlib.use("agg")
-    make_folder(folder)
-    labels_key, unlabeled = model.fields.labels_key, model.fields.unlabeled_category
-    columns = [labels_key, "scanvi_prediction", "scanvi_confidence"]
-    obs = model.fields.with_named_unlabeled(model.adata.obs[columns].copy())
-    drawn = {column: obs[column].astype(object).map(name_of) for column in columns[:2]}
-    short = _short_names({unlabeled, *pd.concat(drawn)})
-    for column, names in drawn.items():
-        obs[column] = names.map(short).astype("category")
-    picture = ad.AnnData(obs=obs, obsm={"X_scanvi": model.adata.obsm["X_scanvi"]})
-    plotting.compute_umap(picture, model.seed)
-    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        # A letter that the font lacks is a box, and a long name makes a picture smaller.
-        warnings.filterwarnings("ignore", message="Glyph|Tight layout", category=UserWarning)
-        figures = {
-            "umap.png": plotting.umap_figure(picture, columns, short[unlabeled]),
-            "losses.png": plotting.loss_figure(model.history),
-        }
-        for name, figure in figures.items():
-            path = folder / name
-            with disk_errors(path), replacing(path) as temporary:
-                figure.savefig(temporary, dpi=120)
-            matplotlib.pyplot.close(figure)
-            _say(f"picture: {path}")
-
-
-def _short_names(names: set[str]) -> dict[str, str]:
-    """Each name with its middle left out, if it is long; as they are where some would be alike."""
-    half = LONGEST_NAME // 2
-    short = {n: n if len(n) <= LONGEST_NAME else f"{n[:half]}...{n[-half:]}" for n in names}
-    return short if len(set(short.values())) == len(names) else {n: n for n in names}
-
-
-def score_table(model: SCANVI) -> Table:
-    """Scores on the cells whose label was hidden, beside the baselines."""
-    obs = model.adata.obs
-    labelled = (obs[model.fields.labels_key] != model.fields.unlabeled_category).to_numpy()
-    truth = obs["cell_type"].astype(str).to_numpy()
-    codes = np.searchsorted(model.fields.classes, truth[~labelled])
-    soft = model.adata.obsm["scanvi_probabilities"].to_numpy()[~labelled]
-    methods = {"pyro_scanvi": soft} | baseline_probabilities(model.adata, truth, labelled)
-    table = Table(
-        title=f"{(~labelled).sum()} cells with hidden labels, {labelled.sum()} labelled cells"
-    )
-    for column in ("method", "accuracy", "macro-F1", "expected calibration error"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for name, probabilities in methods.items():
-        scores = label_scores(codes, probabilities)
-        table.add_row(name, *(f"{score:.3f}" for score in scores.values()))
-    return table
 
 
 def _read_for(
@@ -307,7 +242,12 @@ def _write_annotated(
     write_anndata(model.adata, output, layout)
     _say(f"annotated cells: {output}")
     if report is not None:
-        write_report(model, report)
+        _write_report(model, report)
+
+
+def _write_report(model: SCANVI, folder: Path) -> None:
+    for path in write_report(model, folder):
+        _say(f"picture: {path}")
 
 
 def _check_outputs(output: Path, folder: Path | None, source: Path, overwrite: bool) -> None:

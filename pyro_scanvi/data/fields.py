@@ -55,6 +55,16 @@ class Fields:
         Names of the genes that the model reads, in order; an AnnData may hold more.
     use_raw
         Whether the counts stand in ``raw``.
+
+    Examples
+    --------
+    >>> obs = pd.DataFrame({"type": ["T", "B", "Unknown"]}, index=["c0", "c1", "c2"])
+    >>> adata = ad.AnnData(np.ones((3, 2)), obs, pd.DataFrame(index=["g0", "g1"]))
+    >>> fields = Fields.from_anndata(adata, "type", "Unknown")
+    >>> fields.classes.tolist()
+    ['B', 'T']
+    >>> fields.encode(adata).label
+    array([ 1,  0, -1])
     """
 
     labels_key: str

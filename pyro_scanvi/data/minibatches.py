@@ -58,7 +58,14 @@ class Cells:
 
     @classmethod
     def from_counts(cls, x: Tensor, batch=None, label=None, **covariates) -> "Cells":
-        """Take `x` (N, G) as the whole data set; one batch and no labels unless given."""
+        """Take `x` (N, G) as the whole data set; one batch and no labels unless given.
+
+        Examples
+        --------
+        >>> cells = Cells.from_counts(torch.ones(3, 5), label=torch.tensor([1, 0, -1]))
+        >>> len(cells), cells.labelled.tolist(), cells.batch.tolist()
+        (3, [True, True, False], [0, 0, 0])
+        """
         n_obs = len(x)
         zeros = torch.zeros(n_obs, dtype=torch.long, device=x.device)
         batch = zeros if batch is None else batch

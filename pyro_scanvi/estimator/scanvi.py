@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,12 @@ from pyro_scanvi.estimator import summary
 from pyro_scanvi.estimator.saved import Saved
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.names import first
-from pyro_scanvi.posterior import asking
+from pyro_scanvi.posterior.correlation import Correlation
+from pyro_scanvi.posterior.differential import DifferentialExpression
+from pyro_scanvi.posterior.evidence import Evidence
+from pyro_scanvi.posterior.expression import Expression
+from pyro_scanvi.posterior.labels import Labels
+from pyro_scanvi.posterior.latent import LatentSpace
 from pyro_scanvi.scvi_tools import names as scvi_names
 from pyro_scanvi.scvi_tools.saves import read_save
 from pyro_scanvi.scvi_tools.weights import shared_state
@@ -33,11 +38,10 @@ from pyro_scanvi.storage.files import user_path
 from pyro_scanvi.storage.storable import storable, storable_names
 from pyro_scanvi.surgery import freezing, growing, query
 from pyro_scanvi.training import runs
-from pyro_scanvi.training.course import Course, default_max_epochs
 from pyro_scanvi.training.history import History
 from pyro_scanvi.training.nonfinite import NonFiniteError
-from pyro_scanvi.training.plan import Plan
-from pyro_scanvi.training.trainer import TrainerOptions
+from pyro_scanvi.training.settings import DataSettings, Plan, TrainerSettings, default_max_epochs
+from pyro_scanvi.training.trainer import free_arguments
 from pyro_scanvi.validation import (
     InputError,
     check_flags,
@@ -56,13 +60,24 @@ FROM_DATA = (
     "use_size_factor_key",
 )
 
-# Where they differ from those of SCANVAE, which are scvi-tools' and learn few labelled cells by
-# heart: the encoder then puts them apart from the unlabelled cells of their type.
-DEFAULTS = {"n_latent": 20, "dropout_rate": 0.5, "linear_classifier": True}
-FEW_LABELS_PLAN = {"classification_ratio": 500.0}  # for about ten labels of each type
+PLAN_SETTINGS = [field.name for field in fields(Plan)]
+
+# Where they differ from those of SCANVAE, which are scvi-tools': with few labels these label other
+# cells better. The encoder learns the labelled cells by heart all the same: in the latent space
+# they lie apart from the unlabelled cells of their type.
+DEFAULTS: dict[str, Any] = {"n_latent": 20, "dropout_rate": 0.5, "linear_classifier": True}
+FEW_LABELS_PLAN: dict[str, Any] = {"classification_ratio": 500.0}  # for about ten of each type
 
 
-class SCANVI(metaclass=scvi_names.Names):
+class SCANVI(
+    Labels,
+    LatentSpace,
+    Expression,
+    Correlation,
+    DifferentialExpression,
+    Evidence,
+    metaclass=scvi_names.Names,
+):
     """Semi-supervised annotation of single cells.
 
     Parameters
@@ -109,10 +124,17 @@ class SCANVI(metaclass=scvi_names.Names):
 
     Examples
     --------
-    >>> SCANVI.setup_anndata(adata, labels_key="cell_type", unlabeled_category="Unknown")
+    >>> from pyro_scanvi import SCANVI, datasets
+    >>> adata = datasets.pbmc68k_counts()
+    >>> adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], n_per_label=10, seed=0)
+    >>> SCANVI.setup_anndata(adata, labels_key="given", unlabeled_category="Unknown")
     >>> model = SCANVI(adata)
-    >>> model.train()
+    >>> model = model.train(max_epochs=1, progress_bar=False)  # 150 in earnest
     >>> adata.obs["predicted"] = model.predict()
+    >>> model.predict(soft=True).shape  # cells by types
+    (700, 10)
+    >>> model.get_latent_representation().shape
+    (700, 20)
     """
 
     def __init__(
@@ -351,7 +373,7 @@ class SCANVI(metaclass=scvi_names.Names):
         check_val_every_n_epoch
             Score the held-out cells every so many epochs.
         plan_kwargs
-            Fields of :class:`~pyro_scanvi.training.plan.Plan`: learning rate, optimiser, KL
+            Fields of :class:`~pyro_scanvi.training.settings.Plan`: learning rate, optimiser, KL
             warm-up, ...
         callbacks, logger
             Lightning's, beside our own; lists, or for the logger one.
@@ -393,11 +415,12 @@ class SCANVI(metaclass=scvi_names.Names):
             the epochs to come will take more than two minutes.
         """
         check_flags(early_stopping=early_stopping)
+        given = trainer_arguments, trainer_kwargs, progress_bar
         trainer_kwargs, progress_bar = scvi_names.trainer_arguments(
-            SCANVI.train, trainer_arguments, trainer_kwargs, progress_bar
+            SCANVI.train, PLAN_SETTINGS, free_arguments(), *given
         )
         default_epochs = default_max_epochs(len(self._data))
-        course = Course(
+        data_settings = DataSettings(
             max_epochs=default_epochs if max_epochs is None else max_epochs,
             pretrain_epochs=pretrain_epochs,
             train_size=train_size,
@@ -410,7 +433,7 @@ class SCANVI(metaclass=scvi_names.Names):
             seed=self.seed if seed is None else seed,
             split_seed=self.seed,
         )
-        options = TrainerOptions(
+        trainer_settings = TrainerSettings(
             callbacks=callbacks,
             logger=logger,
             accelerator=accelerator,
@@ -420,14 +443,15 @@ class SCANVI(metaclass=scvi_names.Names):
             progress_bar=progress_bar,
             trainer_kwargs=trainer_kwargs,
         )
-        self._fit(Plan.of(plan_kwargs or {}), course, options, cell_weights, ckpt_path)
+        plan = Plan.of(plan_kwargs or {})
+        self._fit(plan, data_settings, trainer_settings, cell_weights, ckpt_path)
         return self
 
     def _fit(
         self,
         plan: Plan,
-        course: Course,
-        options: TrainerOptions,
+        data_settings: DataSettings,
+        trainer_settings: TrainerSettings,
         cell_weights: str | Sequence[float] | None,
         ckpt_path: str | Path | None,
     ) -> None:
@@ -436,14 +460,16 @@ class SCANVI(metaclass=scvi_names.Names):
         rows = self.history.to_dict("records")
         guards = freezing.callbacks(self.module, self.freeze)
         try:
-            runs.fit(self.module, data, plan, course, options, rows, ckpt_path, guards)
+            runs.fit(
+                self.module, data, plan, data_settings, trainer_settings, rows, ckpt_path, guards
+            )
         except NonFiniteError as error:
             error.name(self.adata.obs_names, self.fields.genes)
             raise
         finally:  # what was learned before an error is kept, and told
             self.history = History(rows)
-            self.is_trained |= any(row["split"] == "train" for row in rows)
-        self.training_settings = plan.record() | asdict(course)
+            self.is_trained |= runs.has_learned_labels(rows)
+        self.training_settings = plan.record() | asdict(data_settings)
 
     @property
     def n_epochs_trained(self) -> int:
@@ -517,19 +543,6 @@ class SCANVI(metaclass=scvi_names.Names):
             raise AttributeError  # Python then asks __getattr__, which knows what to say
         shares = course["train_size"], course["split_seed"], course["validation_size"]
         return split(self._data.label, *shares)
-
-    # What is asked of a trained model; each is a function of asking.py.
-    predict = plain_arguments(asking.predict)
-    get_latent_representation = plain_arguments(asking.get_latent_representation)
-    get_normalized_expression = plain_arguments(asking.get_normalized_expression)
-    get_likelihood_parameters = plain_arguments(asking.get_likelihood_parameters)
-    get_latent_library_size = plain_arguments(asking.get_latent_library_size)
-    posterior_predictive_sample = plain_arguments(asking.posterior_predictive_sample)
-    get_feature_correlation_matrix = plain_arguments(asking.get_feature_correlation_matrix)
-    get_elbo = plain_arguments(asking.get_elbo)
-    get_reconstruction_error = plain_arguments(asking.get_reconstruction_error)
-    get_marginal_ll = plain_arguments(asking.get_marginal_ll)
-    differential_expression = plain_arguments(asking.differential_expression)
 
     @staticmethod
     def prepare_query_anndata(

@@ -335,6 +335,17 @@ class ZeroInflatedNegativeBinomial(_CountDistribution):
     ------
     ValueError
         If validation is on and a parameter or a value lies outside its constraint.
+
+    Examples
+    --------
+    Without dispersion, and with a gate that is shut half of the time, p(0) = (1 + exp(-mu)) / 2.
+
+    >>> mu, theta, gate_logits = torch.tensor([3.0, 1e10, 0.0])
+    >>> zinb = ZeroInflatedNegativeBinomial(mu, theta, gate_logits)
+    >>> zinb.mean
+    tensor(1.5000)
+    >>> zinb.log_prob(torch.tensor(0.0)).exp(), (1 + torch.exp(-mu)) / 2
+    (tensor(0.5249), tensor(0.5249))
     """
 
     arg_constraints = {

@@ -98,6 +98,19 @@ class SemiSupervisedELBO(RevisedELBO):
         depends on nothing that their posterior sample feeds.
     weighted
         Sites whose KL is weighted by w.
+
+    Examples
+    --------
+    >>> from pyro_scanvi import SCANVAE
+    >>> vae = SCANVAE(n_input=30, n_labels=2, n_hidden=8, n_latent=3)
+    >>> cells = Cells.from_counts(torch.ones(6, 30), label=torch.tensor([0, 1, -1, -1, -1, -1]))
+    >>> objective = SemiSupervisedELBO(vae.q_y)(vae.model, vae.guide)
+    >>> objective(cells).backward()
+    >>> parts = objective.parts(cells)
+    >>> sorted(parts.kl)
+    ['u', 'y', 'z']
+    >>> parts.classification.shape
+    torch.Size([6])
     """
 
     def __init__(

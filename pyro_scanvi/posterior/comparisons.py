@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pyro_scanvi.names import name_of, names_of
-from pyro_scanvi.validation import InputError, check_known
+from pyro_scanvi.names import name_of, names_of, several
+from pyro_scanvi.validation import InputError, check_known, positions_of
 
 REST = "Rest"
 
@@ -69,7 +69,7 @@ def find_comparisons(
 
 def decoded_batches(
     batches: Iterable, batch_correction: bool, batchid1: Any = None, batchid2: Any = None
-) -> tuple[list[int | None], list[int | None]]:
+) -> tuple[Sequence[int | None], Sequence[int | None]]:
     """Codes of the batches that the cells of each group are decoded in; [None] is their own.
 
     Parameters
@@ -90,8 +90,8 @@ def decoded_batches(
         given = {"batchid1": batchid1, "batchid2": batchid2}
         _refuse(given, "batch_correction is False, so that each cell stays in its own batch")
         return [None], [None]
-    known = {name_of(name): code for code, name in enumerate(batches)}
-    one, two = (_batch_codes(known, given) for given in (batchid1, batchid2))
+    one = _batches_named(batchid1, batches, "batchid1")
+    two = _batches_named(batchid2, batches, "batchid2")
     if one != two and set(one) & set(two):
         raise InputError(
             "batchid1 and batchid2 share batches but are not the same (None is all of them); give "
@@ -100,19 +100,16 @@ def decoded_batches(
     return one, two
 
 
-def _batch_codes(known: Mapping[str, int], given: Any) -> list[int]:
-    names = list(known) if given is None else names_of(_listed(given))
-    check_known(names, known, "a batch", InputError)
-    if not names:
-        raise InputError("batchid1 or batchid2 names no batch; None is all of them")
-    return sorted({known[name] for name in names})
+def _batches_named(names: Any, batches: Iterable, argument: str) -> list[int]:
+    """Codes of the named batches, each once and in their own order; None is all."""
+    return sorted({*positions_of(batches if names is None else names, batches, argument)})
 
 
 def _by_group(obs: pd.DataFrame, groupby: str, group1: Any, group2: Any) -> list[Comparison]:
     groups = _groups(obs, groupby)
     if len(groups) == 1:
         raise InputError(f"obs[{groupby!r}] has one group, {next(iter(groups))!r}; compare two")
-    firsts = list(groups) if group1 is None else names_of(_listed(group1))
+    firsts = list(groups) if group1 is None else names_of(several(group1))
     seconds = [] if group2 is None else [name_of(group2)]
     if group1 is None:
         firsts = [name for name in firsts if name not in seconds]
@@ -203,11 +200,6 @@ def _at_positions(positions: np.ndarray, n_cells: int, name: str) -> np.ndarray:
     mask = np.zeros(n_cells, dtype=bool)
     mask[positions] = True
     return mask
-
-
-def _listed(given: Any) -> Sequence:
-    """A name as a list of one."""
-    return [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
 
 
 def _refuse(given: Mapping[str, Any], because: str) -> None:

@@ -5,7 +5,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 from scipy.stats import rankdata
 from torch import Tensor
 from torch.distributions import Gamma
@@ -13,8 +15,94 @@ from torch.distributions import Gamma
 from pyro_scanvi.data.minibatches import CellData, ordered_loader
 from pyro_scanvi.model.likelihoods import CountParameters
 from pyro_scanvi.model.scanvae import SCANVAE
-from pyro_scanvi.posterior.draws import LARGEST_PASS, count_parameters, evaluating, passes
-from pyro_scanvi.validation import InputError
+from pyro_scanvi.posterior.draws import (
+    LARGEST_PASS,
+    at_once,
+    batch_codes,
+    count_parameters,
+    evaluating,
+    passes,
+    seeded,
+)
+from pyro_scanvi.posterior.trained import Trained
+from pyro_scanvi.validation import (
+    InputError,
+    check_at_least,
+    check_positive,
+    look_up,
+    plain_arguments,
+)
+
+
+class Correlation(Trained):
+    """The question of which genes go together."""
+
+    @plain_arguments
+    def get_feature_correlation_matrix(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 10,
+        batch_size: int = 64,
+        rna_size_factor: float = 1000,
+        transform_batch: str | Sequence[str] | None = None,
+        correlation_type: str = "spearman",
+        *,
+        seed: int | None = None,
+    ) -> pd.DataFrame:
+        r"""Correlation of genes over denoised expression, genes by genes.
+
+        .. math:: w_g \sim \mathrm{Gamma}(\theta_g,\ \theta_g / (\mathrm{size} \cdot \rho_g(z))),
+            \qquad z \sim q(z \mid x),
+
+        the negative binomial at one size for all cells, without its Poisson noise and without
+        structural zeros. A likelihood without :math:`\theta`, such as the Poisson, has no Gamma
+        noise: :math:`w = \mathrm{size} \cdot \rho(z)`.
+
+        Memory grows with genes squared. Ranks ("spearman") go through a temporary file of
+        4 bytes x cells x `n_samples` x genes, and one gene at a time is held in memory.
+
+        Parameters
+        ----------
+        adata, indices
+            As in :meth:`~pyro_scanvi.SCANVI.predict`.
+        n_samples
+            Draws for each cell.
+        batch_size
+            Cells in a minibatch.
+        rna_size_factor
+            Size of every cell in counts.
+        transform_batch
+            Batches to decode every cell as; a name or several, whose matrices are averaged. None
+            is the cell's own batch.
+        correlation_type
+            "spearman" or "pearson".
+        seed
+            Of the draws; None draws on from torch's generator.
+
+        Returns
+        -------
+        DataFrame
+            NaN for genes that do not vary.
+
+        Raises
+        ------
+        InputError
+            For unknown batches or types of correlation, a single draw in all, sizes that are no
+            positive numbers, or a disk without place for the temporary file.
+        """
+        check_at_least(1, n_samples=n_samples, batch_size=batch_size)
+        check_positive(rna_size_factor=rna_size_factor)
+        correlate = look_up(CORRELATIONS, correlation_type, "correlation_type")
+        batches = batch_codes(transform_batch, self.fields.batches)
+        data, _ = self.encoded(adata, indices)
+        if n_samples * len(data) == 1:
+            raise InputError("one draw of one cell has no correlation; choose more of either")
+        with seeded(seed):
+            matrix = correlation_of_genes(
+                self.module, data, batch_size, correlate, n_samples, rna_size_factor, batches
+            )
+        return pd.DataFrame(matrix, index=self.fields.genes, columns=self.fields.genes)
 
 
 def denoised(p: CountParameters, size_factor: float, noisy: bool) -> Tensor:
@@ -65,7 +153,7 @@ def correlation_of_genes(
 
     with evaluating(vae):
         found = (correlate(blocks(b), n_samples * len(data), vae.n_input) for b in batches)
-        return sum(found) / len(batches)
+        return sum(found, np.zeros(())) / len(batches)
 
 
 def pearson(blocks: Iterable[np.ndarray], n_rows: int, n_columns: int) -> np.ndarray:
@@ -111,7 +199,7 @@ def spearman(blocks: Iterable[np.ndarray], n_rows: int, n_columns: int) -> np.nd
             start += len(block)
         for column in columns:
             column[:] = rankdata(column)
-        step = max(1, LARGEST_PASS // n_columns)
+        step = at_once(n_columns, LARGEST_PASS)
         ranks = (columns[:, i : i + step].T for i in range(0, n_rows, step))
         return pearson(ranks, n_rows, n_columns)
 

@@ -1,82 +1,21 @@
-"""What is asked of a trained model: tensors in, arrays out, minibatch by minibatch."""
+"""What all questions share: draws from the guide, decoding, minibatches, seeds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_scanvi.data.minibatches import UNLABELED, CellData, Cells, ordered_loader
+from pyro_scanvi.data.minibatches import CellData, Cells, ordered_loader
 from pyro_scanvi.model.likelihoods import CountParameters
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.threads import as_told
-from pyro_scanvi.validation import check_seed
+from pyro_scanvi.validation import InputError, check_at_least, check_seed, positions_of
 
+EVALUATION_BATCH_SIZE = 512
 LARGEST_PASS = 2**22  # numbers in a tensor of samples: 16 MB, large enough to keep a core busy
-
-
-def label_probabilities(
-    vae: SCANVAE, data: CellData, batch_size: int, use_posterior_mean: bool = True
-) -> np.ndarray:
-    """q(y | z) of each cell, (N, L), at the mean of q(z | x) or at a sample of it."""
-
-    def probabilities(cells: Cells) -> Tensor:
-        q_z = vae.q_z(cells)
-        return vae.q_y(q_z.mean if use_posterior_mean else q_z.sample()).probs
-
-    return over_minibatches(vae, data, batch_size, probabilities)
-
-
-def with_known_labels(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """The same probabilities, (N, L), but certainty of the label where it is known."""
-    certain = np.eye(probabilities.shape[1], dtype=probabilities.dtype)[label]
-    return np.where((label != UNLABELED)[:, None], certain, probabilities)
-
-
-def latent_mean(vae: SCANVAE, data: CellData, batch_size: int, mc_samples: int) -> np.ndarray:
-    """E_q(z | x) of the cell's state, (N, K).
-
-    Where the state is a transform of z (softmax), it is the mean of `mc_samples` draws.
-    """
-
-    def mean(cells: Cells) -> Tensor:
-        q_z = vae.q_z(cells)
-        if isinstance(vae.state, nn.Identity):
-            return q_z.mean
-        return mean_over_samples(
-            mc_samples, q_z.mean.numel(), lambda n: vae.state(q_z.sample((n,)))
-        )
-
-    return over_minibatches(vae, data, batch_size, mean)
-
-
-def latent_sample(vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
-    """The cell's state at one draw from q(z | x), (N, K)."""
-    return over_minibatches(vae, data, batch_size, lambda cells: vae.state(vae.q_z(cells).sample()))
-
-
-def latent_moments(vae: SCANVAE, data: CellData, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of q(z | x), (N, K) each, before any transform of z."""
-
-    def moments(cells: Cells) -> Tensor:
-        q_z = vae.q_z(cells)
-        return torch.stack([q_z.mean, q_z.variance])
-
-    return tuple(over_minibatches(vae, data, batch_size, moments, dim=1))
-
-
-def library_size(vae: SCANVAE, data: CellData, batch_size: int, give_mean: bool) -> np.ndarray:
-    """Mean of q(l | x), or a draw of it; the given or the total count where l is known; (N, 1)."""
-
-    def size(cells: Cells) -> Tensor:
-        known = vae.observed_library(cells)
-        if known is not None:
-            return known
-        return vae.q_l(cells).mean if give_mean else vae.q_l(cells).sample()
-
-    return over_minibatches(vae, data, batch_size, size)
 
 
 @dataclass(frozen=True)
@@ -97,6 +36,11 @@ def draw(vae: SCANVAE, cells: Cells, n_samples: int) -> Latents:
     if library is None:
         library = vae.q_l(cells).sample((n_samples,))
     return Latents(z, y, library)
+
+
+def batch_codes(names: str | Sequence[str] | None, batches: Iterable) -> list[int | None]:
+    """Codes of the batches to decode cells as, a name or several; None is the cell's own."""
+    return [None] if names is None else [*positions_of(names, batches, "transform_batch")]
 
 
 def as_of_batch(cells: Cells, batch: int | None) -> Cells:
@@ -147,13 +91,44 @@ def over_minibatches(
 
 def passes(n_samples: int, size: int) -> list[int]:
     """Numbers of samples that sum to `n_samples`, of `size` numbers each, for bounded memory."""
-    most = max(1, LARGEST_PASS // size)
-    return [min(most, n_samples - start) for start in range(0, n_samples, most)]
+    return parts(n_samples, at_once(size, LARGEST_PASS))
+
+
+def at_once(size: int, budget: int) -> int:
+    """How many things of `size` numbers each stay within a budget of numbers; one at least."""
+    return max(1, budget // size)
+
+
+def parts(n: int, most: int) -> list[int]:
+    """Numbers that sum to `n`, all of them `most` but the last."""
+    return [min(most, n - start) for start in range(0, n, most)]
 
 
 def mean_over_samples(n_samples: int, size: int, ask: Callable[[int], Tensor]) -> Tensor:
     """Mean over the first dimension of what `ask` answers, S samples of `size` numbers each."""
-    return sum(ask(n).sum(0) for n in passes(n_samples, size)) / n_samples
+    return total(ask(n).sum(0) for n in passes(n_samples, size)) / n_samples
+
+
+def total(tensors: Iterable[Tensor]) -> Tensor:
+    """Their sum; of none it is 0."""
+    return sum(tensors, torch.zeros(()))
+
+
+def minibatch_size(batch_size: int | None) -> int:
+    """The size that was asked for, or the default."""
+    if batch_size is None:
+        return EVALUATION_BATCH_SIZE
+    check_at_least(1, batch_size=batch_size)
+    return batch_size
+
+
+def check_weights(weights: str | None) -> None:
+    """Refuse weights of draws that are not uniform."""
+    if weights not in ("uniform", None):
+        raise InputError(
+            f"weights={weights!r} is not supported, only 'uniform': the importance weights of "
+            "scvi-tools take N(0, I) for the prior of z, which is not that of scANVI"
+        )
 
 
 @contextmanager

@@ -28,11 +28,17 @@ from torch.distributions import Distribution, Independent
 
 from pyro_scanvi.data.minibatches import CellData, Cells
 from pyro_scanvi.model.scanvae import SCANVAE
-from pyro_scanvi.posterior.draws import evaluating, over_minibatches
+from pyro_scanvi.posterior.draws import (
+    LARGEST_PASS,
+    at_once,
+    evaluating,
+    over_minibatches,
+    parts,
+)
 
 N_INNER_SAMPLES = 5
 # Numbers in the largest tensor of a pass, 4 MB in float32; a likelihood makes about 15 such.
-PASS_ELEMENTS = 2**20
+PASS_ELEMENTS = LARGEST_PASS // 4
 
 
 def marginal_log_likelihood(
@@ -103,7 +109,7 @@ def log_joint(
     """
     y = _every_label(vae, len(cells))  # L, 1, N, L
     if n_per_pass is None:
-        n_per_pass = max(1, PASS_ELEMENTS // _numbers_per_draw(vae, cells, n_inner_samples))
+        n_per_pass = at_once(_numbers_per_draw(vae, cells, n_inner_samples), PASS_ELEMENTS)
     log_p_y = _log_prob(vae.p_y(), y)  # L, 1, N
     log_sum = torch.full((), -math.inf, dtype=torch.float64, device=y.device)
     for z, library, log_weight in _proposals(vae, cells, n_samples, n_per_pass):
@@ -144,17 +150,25 @@ def _proposals(
     vae: SCANVAE, cells: Cells, n_samples: int, n_per_pass: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For each pass z (S, N, K), l, and log p(l) - log q(l | x) - log q(z | x), (S, N)."""
-    q_z, library = vae.q_z(cells), vae.observed_library(cells)
-    latent = (vae.p_l(cells), vae.q_l(cells)) if library is None else None
-    for start in range(0, n_samples, n_per_pass):
-        shape = (min(n_per_pass, n_samples - start),)
-        z = q_z.sample(shape)
-        log_weight = -_log_prob(q_z, z)
-        if latent is not None:
-            p_l, q_l = latent
-            library = q_l.sample(shape)
-            log_weight = log_weight + _log_prob(p_l, library) - _log_prob(q_l, library)
-        yield z, library, log_weight
+    q_z, with_library = vae.q_z(cells), _libraries(vae, cells)
+    for n in parts(n_samples, n_per_pass):
+        z = q_z.sample((n,))
+        yield z, *with_library(-_log_prob(q_z, z))
+
+
+def _libraries(vae: SCANVAE, cells: Cells) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """From log weights of draws (S, N) to l, and the weights with those of l where it is drawn."""
+    known = vae.observed_library(cells)
+    if known is not None:
+        return lambda log_weight: (known, log_weight)
+    p_l, q_l = vae.p_l(cells), vae.q_l(cells)
+
+    def drawn(log_weight: Tensor) -> tuple[Tensor, Tensor]:
+        library = q_l.sample(log_weight.shape[:1])
+        log_p, log_q = _log_prob(p_l, library), _log_prob(q_l, library)
+        return library, log_weight + log_p - log_q
+
+    return drawn
 
 
 def _every_label(vae: SCANVAE, n_cells: int) -> Tensor:
@@ -184,7 +198,7 @@ def _cells_per_pass(vae: SCANVAE, data: CellData, n_inner_samples: int) -> int:
     """How many cells keep the tensors of one draw of z within `PASS_ELEMENTS`."""
     with evaluating(vae):
         cell = data[np.arange(1)].to(vae.y_prior.device)
-        return max(1, PASS_ELEMENTS // _numbers_per_draw(vae, cell, n_inner_samples))
+        return at_once(_numbers_per_draw(vae, cell, n_inner_samples), PASS_ELEMENTS)
 
 
 def _numbers_per_draw(vae: SCANVAE, cells: Cells, n_inner_samples: int) -> int:

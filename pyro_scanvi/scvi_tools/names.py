@@ -1,14 +1,11 @@
 """What users of scvi-tools type: each name that we do not have says what has its place here."""
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import anndata as ad
 
-from pyro_scanvi.training.plan import Plan
-from pyro_scanvi.training.trainer import free_arguments
 from pyro_scanvi.validation import InputError, check_known
 
 SPLIT = "train() splits the cells, and this model has not been trained here"
@@ -195,6 +192,8 @@ def check_setup_arguments(setup: Callable, unknown: Mapping[str, Any]) -> None:
 
 def trainer_arguments(
     train: Callable,
+    of_plan: Iterable[str],
+    of_trainer: Iterable[str],
     keywords: Mapping[str, Any],
     trainer_kwargs: Mapping[str, Any] | None,
     progress_bar: bool,
@@ -205,8 +204,12 @@ def trainer_arguments(
     ----------
     train
         The method that was called.
+    of_plan
+        Names that belong into its `plan_kwargs`.
+    of_trainer
+        Arguments of Lightning's Trainer that it passes on.
     keywords
-        What it does not spell out.
+        What it got and does not spell out.
     trainer_kwargs, progress_bar
         As it got them; ``enable_progress_bar`` among the others is the latter.
 
@@ -223,9 +226,9 @@ def trainer_arguments(
     for name in in_dict:
         if name in {*own, *keywords}:
             raise TypeError(f"{name!r} is an argument of train(); leave it out of trainer_kwargs")
-    of_plan = {f.name: f"it is plan_kwargs={{{f.name!r}: ...}}" for f in fields(Plan)}
-    refuse(given, of_plan | TRAIN, "train()")
-    known = [*own, *free_arguments(), "enable_progress_bar"]
+    in_plan = {field: f"it is plan_kwargs={{{field!r}: ...}}" for field in of_plan}
+    refuse(given, in_plan | TRAIN, "train()")
+    known = [*own, *of_trainer, "enable_progress_bar"]
     check_known(keywords, known, "an argument of train() or of Lightning's Trainer")
     if "enable_progress_bar" in given and not progress_bar:
         raise TypeError("enable_progress_bar and progress_bar=False are one thing; give one")

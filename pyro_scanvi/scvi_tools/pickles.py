@@ -53,9 +53,11 @@ class _Array:
 
     shape: tuple = ()
     fortran_order = False
+    type: Any = None  # a pickle may say anything
+    data: Any = None
 
     def __init__(self, *_: Any):
-        self.type, self.data = None, None
+        pass
 
     def __setstate__(self, state: tuple) -> None:
         _, self.shape, self.type, self.fortran_order, self.data = state
@@ -83,7 +85,7 @@ def _plain_dict(*_: Any) -> dict:
     return {}
 
 
-STAND_INS = {
+STAND_INS: dict[str, Any] = {
     "builtins.bytes": bytes,
     "builtins.dict": _plain_dict,
     "builtins.slice": _Ignored,
@@ -117,7 +119,8 @@ def read(path: str | Path, allow: Mapping[str, Any] | None = None) -> Any:
     path = user_path(path)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        table = STAND_INS | {n: _Ignored for n in names if n.startswith("pandas.")} | (allow or {})
+        pandas = {n: _Ignored for n in names if n.startswith("pandas.")}
+        table = STAND_INS | pandas | dict(allow or {})
         _check_names(path, names, table)
         with torch.serialization.safe_globals([(stand, name) for name, stand in table.items()]):
             return _built(torch.load(path, map_location="cpu", weights_only=True))

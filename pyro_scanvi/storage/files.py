@@ -7,9 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING
 
 from pyro_scanvi.validation import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # of collections.abc, from Python 3.12 on
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
@@ -86,18 +89,18 @@ class Unfailing(io.RawIOBase):
 
     def __init__(self, path: Path):
         self._disk = path.open("w+b", buffering=0)
-        self._file: BinaryIO = self._disk
+        self._file: io.FileIO | io.BytesIO = self._disk
         self._error: OSError | None = None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """As of any file."""
         return self._file.seek(offset, whence)
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: "Buffer") -> int | None:
         """As of any file."""
         return self._file.readinto(buffer)
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: "Buffer") -> int:
         """All of it, on the disk or in memory."""
         start, left = self._file.tell(), memoryview(data).cast("B")
         try:
@@ -107,7 +110,7 @@ class Unfailing(io.RawIOBase):
             self._go_on_in_memory(error)
             self._file.seek(start)
             self._file.write(data)
-        return len(data)
+        return memoryview(data).nbytes
 
     def truncate(self, size: int | None = None) -> int:
         """Cut or lengthen the file."""

@@ -24,6 +24,11 @@ def storable_names(names: Iterable, taken: Iterable[str] = ()) -> list[str]:
         In any type; they are read as strings.
     taken
         Names that are none for a column, such as that of the index.
+
+    Examples
+    --------
+    >>> storable_names(["B", "CD4/CD8 T", "b"])
+    ['B', 'CD4|CD8 T', '2: b']
     """
     names = [str(name) for name in names]
     mended = [_mended(name) for name in names]

@@ -376,19 +376,23 @@ def _gaps(store: zarr.Group) -> list[str]:
     A store may leave out chunks of zeros, and does; but not all arrays of a sparse matrix can have
     them.
     """
-    arrays = ((n, a) for n, a in store.members(None) if isinstance(a, zarr.Array))
-    gaps = [name for name, array in arrays if array.nchunks_initialized < array.nchunks]
+    members = dict(store.members(None))
+    arrays = {name: item for name, item in members.items() if isinstance(item, zarr.Array)}
+    gaps = [name for name, array in arrays.items() if array.nchunks_initialized < array.nchunks]
     for name in gaps:
         parent, _, part = name.rpartition("/")
-        sparse = parent and store[parent].attrs.get("encoding-type") in SPARSE
-        if sparse and (part == "data" or not _is_sound(store[parent])):
+        matrix = members.get(parent)
+        if not isinstance(matrix, zarr.Group) or matrix.attrs.get("encoding-type") not in SPARSE:
+            continue
+        if part == "data" or not _is_sound(matrix):
             raise ValueError(f"a part of {name} is missing")
     return [name for name in gaps if MATRICES.fullmatch(name)]
 
 
 def _is_sound(matrix: zarr.Group) -> bool:
     """Whether a sparse matrix has one place for each value."""
-    indices, indptr = matrix["indices"][:], matrix["indptr"][:]
+    arrays = dict(matrix.arrays())
+    indices, indptr = np.asarray(arrays["indices"][:]), np.asarray(arrays["indptr"][:])
     if indptr[-1] != len(indices):
         return False
     rows = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))

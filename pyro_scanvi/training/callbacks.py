@@ -1,5 +1,8 @@
 """Our own Lightning callbacks: progress, a hint of a long run, the guard of good weights."""
 
+# mypy: disable-error-code="override"
+# Lightning's hooks take any module; these are given to Trainers of our own alone.
+
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pyro_scanvi.training import nonfinite
+from pyro_scanvi.training.module import LightningObjective
 from pyro_scanvi.training.nonfinite import NonFiniteError
 from pyro_scanvi.validation import Advice
 
@@ -26,28 +30,29 @@ class ProgressBar(Callback):
         text = TextColumn("{task.description}")
         self.bar = Progress(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, module: LightningObjective) -> None:
         """Draw it."""
         done = trainer.current_epoch  # a resumed run starts later
         self.task = self.bar.add_task("epoch", total=trainer.max_epochs, completed=done)
         self.bar.start()
 
-    def on_train_epoch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule
-    ) -> None:
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: LightningObjective) -> None:
         """Advance it."""
         # Lightning calls this before the module has logged its own scores of the epoch.
         train = module.train_scores
-        shown = [f"{module.phase}  ELBO {train.sums['elbo'] / max(train.n_cells, 1):.1f}"]
-        if "elbo_validation" in trainer.callback_metrics:
-            shown.append(f"validation {trainer.callback_metrics['elbo_validation'].item():.1f}")
+        shown = [f"{module.phase.name}  ELBO {train.sums['elbo'] / max(train.n_cells, 1):.1f}"]
+        held_out = trainer.callback_metrics.get(f"elbo_{module.phase.held_out}")
+        if module.phase.watched and held_out is not None:
+            shown.append(f"validation {held_out.item():.1f}")
         self.bar.update(self.task, advance=1, description="  ".join(shown))
 
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: lightning.Trainer, module: LightningObjective) -> None:
         """Leave it standing."""
         self.bar.stop()
 
-    def on_exception(self, trainer, module, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: lightning.Trainer, module: LightningObjective, exception: BaseException
+    ) -> None:
         """Give the terminal back."""
         self.bar.stop()
 
@@ -74,26 +79,22 @@ class TimeHint(Callback):
         self.n_genes, self.later_epochs, self.clock = n_genes, later_epochs, clock
         self.silent = n_genes <= MANY_GENES
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, module: LightningObjective) -> None:
         """Of each phase one epoch is measured, of a resumed one too."""
         self.measured = False
 
-    def on_train_epoch_start(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule
-    ) -> None:
+    def on_train_epoch_start(self, trainer: lightning.Trainer, module: LightningObjective) -> None:
         """Start the clock."""
         self.started = self.clock()
 
-    def on_train_epoch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule
-    ) -> None:
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: LightningObjective) -> None:
         """Read it, unless the epoch was cut short."""
         if self.silent or self.measured or not trainer.is_last_batch:
             return
         self.measured = True
         seconds = self.clock() - self.started
-        left = trainer.max_epochs - trainer.current_epoch - 1
-        left += self.later_epochs.get(module.phase, 0)
+        left = (trainer.max_epochs or 0) - trainer.current_epoch - 1
+        left += self.later_epochs.get(module.phase.name, 0)
         if left * seconds > LONG_RUN:
             self.silent = True
             self._say(seconds, left)
@@ -115,7 +116,7 @@ class LastGoodWeights(Callback):
     undone, batch-norm statistics included.
     """
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, module: LightningObjective) -> None:
         """Keep the weights that training starts from."""
         self.tensors = [*module.vae.parameters(), *module.vae.buffers()]
         self.kept = [tensor.detach().clone() for tensor in self.tensors]
@@ -123,7 +124,7 @@ class LastGoodWeights(Callback):
     def on_before_optimizer_step(
         self,
         trainer: lightning.Trainer,
-        module: lightning.LightningModule,
+        module: LightningObjective,
         optimizer: Optimizer,
     ) -> None:
         """Keep the weights that gave this gradient, if it is finite."""
@@ -134,13 +135,15 @@ class LastGoodWeights(Callback):
         with torch.no_grad():
             torch._foreach_copy_(self.kept, self.tensors)
 
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: lightning.Trainer, module: LightningObjective) -> None:
         """The last step has no loss after it; look at its weights."""
         if not _all_finite(module.vae):
             self._restore()
             raise NonFiniteError("weight", module.epoch, nonfinite.Fault())
 
-    def on_exception(self, trainer, module, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: lightning.Trainer, module: LightningObjective, exception: BaseException
+    ) -> None:
         """Put them back where the loss or the gradient was the reason."""
         if isinstance(exception, NonFiniteError):
             self._restore()

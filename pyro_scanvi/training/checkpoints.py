@@ -8,7 +8,7 @@ import hashlib
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pyro_scanvi.validation import InputError
 KEY = "pyro_scanvi"
 LAST = "last.ckpt"
 PREFIX = "vae."  # of the model's tensors in a checkpoint
+LATEST = "1"  # rule by which a fingerprint of the data is taken
 MENDS = {"threads": " (torch.set_num_threads sets it)"}  # what is no argument of train
 
 
@@ -37,7 +38,7 @@ class WholeFiles(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with disk_errors(path), replacing(path) as temporary, Unfailing(temporary) as file:
-            torch.save(checkpoint, file)
+            torch.save(checkpoint, file)  # type: ignore[arg-type]  # it writes to any raw file
 
 
 class LastCheckpoint(Checkpoint):
@@ -73,9 +74,11 @@ def find(ckpt_path: str | Path | None, folder: str | Path | None) -> Path | None
     if folder is not None:
         check_makeable(user_path(folder))
     last = None if folder is None else user_path(folder) / LAST
-    if ckpt_path == "last" and last is None:
-        raise InputError("ckpt_path='last' needs checkpoint_dir, where the last one is looked for")
     if ckpt_path == "last":
+        if last is None:
+            raise InputError(
+                "ckpt_path='last' needs checkpoint_dir, where the last one is looked for"
+            )
         return last if last.is_file() else None
     if ckpt_path is None and last is not None and last.is_file():
         raise InputError(
@@ -85,48 +88,85 @@ def find(ckpt_path: str | Path | None, folder: str | Path | None) -> Path | None
     return None if ckpt_path is None else user_path(ckpt_path)
 
 
-def read(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint says of the run that wrote it.
+
+    Attributes
+    ----------
+    path
+        Where it lies.
+    phase
+        Name of the phase that it was written in.
+    first_epoch
+        Epochs before that phase.
+    n_epochs
+        Epochs of that phase that were done.
+    identity
+        What a run that resumes it must share.
+    shapes
+        Of the model's tensors.
+    """
+
+    path: Path
+    phase: str
+    first_epoch: int
+    n_epochs: int
+    identity: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def read(path: Path) -> Saved:
     """A checkpoint of :class:`LastCheckpoint`; InputError if it is damaged or something else."""
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}; expected the {LAST} of a checkpoint_dir")
     try:
         _check_whole(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint[KEY]["identity"]
+        return _told_of(path, checkpoint)
     except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     except (pickle.UnpicklingError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no checkpoint of pyro_scanvi: {error}") from error
-    return checkpoint
 
 
-def check_epochs(checkpoint: Mapping[str, Any], max_epochs: int) -> None:
-    """Refuse to go on from a checkpoint that lies behind the end."""
-    done = checkpoint["epoch"] + 1
-    if checkpoint[KEY]["phase"] == "train" and done > max_epochs:
-        raise InputError(
-            f"max_epochs={max_epochs}, but the checkpoint was written after {done} epochs; ask for "
-            "as many or more"
-        )
+def _told_of(path: Path, checkpoint: Mapping[str, Any]) -> Saved:
+    ours, tensors = checkpoint[KEY], checkpoint["state_dict"]
+    return Saved(
+        path=path,
+        phase=ours["phase"],
+        first_epoch=ours["first_epoch"],
+        n_epochs=checkpoint["epoch"] + 1,
+        identity=ours["identity"] | {"data": _versioned(ours["identity"]["data"])},
+        shapes={
+            name.removeprefix(PREFIX): tuple(tensor.shape)
+            for name, tensor in tensors.items()
+            if name.startswith(PREFIX)
+        },
+    )
 
 
 def check_resumable(
-    checkpoint: Mapping[str, Any], identity: Mapping[str, Any], state: Mapping[str, Tensor]
+    saved: Saved, identity: Mapping[str, Any], data: CellData, state: Mapping[str, Tensor]
 ) -> None:
     """Refuse a checkpoint of other settings, other data or another model; says which differ."""
-    before = checkpoint[KEY]["identity"]
+    before, now = saved.identity, identity
+    version = before["data"].partition(":")[0]
+    if version not in DIGESTS:
+        raise InputError(
+            f"{saved.path} was written by a later version of pyro_scanvi; go on from it with that"
+        )
+    if version != LATEST:
+        now = {**identity, "data": digest(data, version)}
     differ = [
-        f"{name} was {before.get(name)!r}, is {identity.get(name)!r}{MENDS.get(name, '')}"
-        for name in sorted({*before, *identity})
-        if before.get(name) != identity.get(name)
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}{MENDS.get(name, '')}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
     ]
-    weights = checkpoint["state_dict"]
-    saved = {k.removeprefix(PREFIX): v for k, v in weights.items() if k.startswith(PREFIX)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     differ += [
-        f"weight {name} was {shapes.get(name)}, is {tuple(tensor.shape)}"
+        f"weight {name} was {saved.shapes.get(name)}, is {tuple(tensor.shape)}"
         for name, tensor in state.items()
-        if shapes.get(name) != tuple(tensor.shape)
+        if saved.shapes.get(name) != tuple(tensor.shape)
     ]
     if differ:
         raise InputError(
@@ -135,8 +175,22 @@ def check_resumable(
         )
 
 
-def digest(data: CellData) -> str:
-    """Fingerprint of the data: totals of cells and genes, and all else whole."""
+def check_epochs(saved: Saved, max_epochs: int) -> None:
+    """Refuse to go on from a checkpoint that lies behind the end of its phase."""
+    if saved.n_epochs > max_epochs:
+        raise InputError(
+            f"max_epochs={max_epochs}, but the checkpoint was written after {saved.n_epochs} "
+            "epochs; ask for as many or more"
+        )
+
+
+def digest(data: CellData, version: str = LATEST) -> str:
+    """Fingerprint of the data, behind the version of the rule that it was taken by."""
+    return f"{version}:{DIGESTS[version](data)}"
+
+
+def _totals_and_the_rest(data: CellData) -> str:
+    """Of the counts the totals of cells and genes, and all other fields whole."""
     parts = dict(zip(("cells", "genes"), total_counts(data.counts), strict=True))
     parts |= {f.name: getattr(data, f.name) for f in fields(data) if f.name != "counts"}
     hashed = hashlib.sha256()
@@ -146,6 +200,16 @@ def digest(data: CellData) -> str:
         hashed.update(name.encode())
         hashed.update(np.ascontiguousarray(part, dtype=np.float64).tobytes())
     return hashed.hexdigest()[:16]
+
+
+# A checkpoint is compared by the rule that it was written by: leave the rules that are here as
+# they are, add another and make it the latest.
+DIGESTS = {"1": _totals_and_the_rest}
+
+
+def _versioned(fingerprint: str) -> str:
+    """As it is written now: the first ones, by the first rule, did not say their version."""
+    return fingerprint if ":" in fingerprint else f"1:{fingerprint}"
 
 
 def random_state() -> dict[str, Any]:

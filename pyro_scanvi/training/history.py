@@ -5,7 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-SPLITS = ("pretrain_validation", "pretrain", "validation", "train")  # longer names first
+from pyro_scanvi.training.phases import PHASES
+
+SPLITS = sorted((s for p in PHASES for s in (p.name, p.held_out)), key=len, reverse=True)
 KL_LOCAL = "kl_local"  # the sum of our kl_*
 OTHER_NAMES = {"reconstruction_loss": "reconstruction", "classification_loss": "cross_entropy"}
 ELSEWHERE = {  # of scvi-tools, without a curve that is the same
@@ -33,6 +35,19 @@ class History(pd.DataFrame):
     ------
     KeyError
         For a name without a curve; it names those that there are.
+
+    Examples
+    --------
+    >>> splits = ["train", "validation"] * 2
+    >>> elbo = [-310.0, -305.0, -290.0, -288.0]
+    >>> history = History({"epoch": [0, 0, 1, 1], "split": splits, "elbo": elbo})
+    >>> history["elbo_validation"]
+           elbo_validation
+    epoch
+    0               -305.0
+    1               -288.0
+    >>> history["elbo"].tolist()
+    [-310.0, -305.0, -290.0, -288.0]
     """
 
     @property

@@ -12,16 +12,17 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_scanvi.data.minibatches import Cells
-from pyro_scanvi.model.objective import BoundModule, ObjectiveParts
+from pyro_scanvi.model.objective import ObjectiveParts
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.training import checkpoints, nonfinite
 from pyro_scanvi.training.nonfinite import NonFiniteError, first_fault
-from pyro_scanvi.training.plan import Plan
+from pyro_scanvi.training.phases import TRAINING, Phase
 from pyro_scanvi.training.scores import EpochScores
+from pyro_scanvi.training.settings import Plan
 
 
-class TrainingPlan(lightning.LightningModule):
-    """Runs an objective under Lightning and keeps the history.
+class LightningObjective(lightning.LightningModule):
+    """Runs the objective of a phase under Lightning and keeps the history.
 
     Parameters
     ----------
@@ -29,14 +30,12 @@ class TrainingPlan(lightning.LightningModule):
         The model to train.
     plan
         How.
-    bound
-        Objective, model and guide; None is the plan's own.
     phase
-        Name of the split of its training cells in the history.
+        Which objective, and what its splits are called.
     first_epoch
-        Number of epochs before this run.
+        Number of epochs before this phase.
     rows
-        History before this run; this run appends to it.
+        History before this phase, which appends to it.
     identity
         What a run that resumes this one must share; kept in checkpoints.
     classified
@@ -48,18 +47,17 @@ class TrainingPlan(lightning.LightningModule):
         self,
         vae: SCANVAE,
         plan: Plan,
-        bound: BoundModule | None = None,
-        phase: str = "train",
+        phase: Phase = TRAINING,
         first_epoch: int = 0,
         rows: list[dict[str, Any]] | None = None,
         identity: Mapping[str, Any] | None = None,
         classified: Callable[[int], np.ndarray] | None = None,
     ):
         super().__init__()
-        self.vae, self.plan = vae, plan
-        self.bound = bound or plan.objective(vae)(vae.model, vae.guide)
+        self.vae, self.plan, self.phase = vae, plan, phase
+        self.bound = phase.bind(vae, plan)
         self.elbo = self.bound.elbo
-        self.phase, self.first_epoch = phase, first_epoch
+        self.first_epoch = first_epoch
         self.rows = [] if rows is None else rows
         self.identity = dict(identity or {})
         self.resumed: dict[str, Any] = {}
@@ -75,7 +73,7 @@ class TrainingPlan(lightning.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Optimiser over the parameters that are to be trained."""
         optimizer = self.plan.make_optimizer(self.vae.parameters())
-        if self.plan.reduce_lr_on_plateau:
+        if self.plan.reduce_lr_on_plateau and self.phase.watched:
             scored_every = self.trainer.check_val_every_n_epoch or 1
             self.scheduler = self.plan.make_scheduler(optimizer, scored_every)
             self.scheduler.load_state_dict(self.resumed.get("scheduler", {}))
@@ -112,12 +110,11 @@ class TrainingPlan(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores under the names that callbacks monitor, such as `elbo_validation`."""
-        name = "validation" if self.phase == "train" else f"{self.phase}_validation"
-        self._close_epoch(name, self.validation_scores)
+        self._close_epoch(self.phase.held_out, self.validation_scores)
 
     def on_train_epoch_end(self) -> None:
         """Log the scores of the epoch's training minibatches, in training mode."""
-        self._close_epoch(self.phase, self.train_scores)
+        self._close_epoch(self.phase.name, self.train_scores)
         # Lightning would do so after the checkpoint, and a resumed run would not.
         watched = self.latest.pop(self.plan.lr_scheduler_metric, None)
         if self.scheduler is not None and watched is not None:
@@ -128,7 +125,7 @@ class TrainingPlan(lightning.LightningModule):
         reasons = [c.stopping_reason for c in self.trainer.early_stopping_callbacks]
         checkpoint[checkpoints.KEY] = {
             "identity": self.identity,
-            "phase": self.phase,
+            "phase": self.phase.name,
             "first_epoch": self.first_epoch,
             "history": self.rows,
             "random_state": checkpoints.random_state(),
@@ -169,11 +166,11 @@ class TrainingPlan(lightning.LightningModule):
         if error.fault.site:
             raise error
 
-    def _close_epoch(self, name: str, scores: EpochScores) -> None:
+    def _close_epoch(self, split: str, scores: EpochScores) -> None:
         if not scores.n_cells:  # interrupted before the first minibatch
             return
         means = scores.mean()
-        self.rows.append({"epoch": self.epoch, "split": name} | means)
-        logged = {f"{key}_{name}": value for key, value in means.items()}
+        self.rows.append({"epoch": self.epoch, "split": split} | means)
+        logged = {f"{key}_{split}": value for key, value in means.items()}
         self.latest |= logged
         self.log_dict(logged)

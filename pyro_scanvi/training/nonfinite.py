@@ -1,6 +1,6 @@
 """What to say when a loss or a gradient is not finite: where, in which cells and genes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
 from pyro_scanvi.data.minibatches import Cells
-
-NAMES_SHOWN = 5
+from pyro_scanvi.names import first
 
 
 @dataclass
@@ -64,7 +63,8 @@ class NonFiniteError(ArithmeticError):
         super().__init__(quantity, epoch, fault, parameters, held_out)
         self.quantity, self.epoch, self.fault = quantity, epoch, fault
         self.parameters, self.held_out = tuple(parameters), held_out
-        self.cell_names = self.gene_names = None
+        self.cell_names: np.ndarray | None = None
+        self.gene_names: np.ndarray | None = None
 
     def name(self, cells: np.ndarray, genes: np.ndarray) -> None:
         """Give the cells and genes their names."""
@@ -75,15 +75,15 @@ class NonFiniteError(ArithmeticError):
         said = [f"the {self.quantity} is not finite in epoch {self.epoch + 1}"]
         if fault.site:
             said.append(f"first at site {fault.site!r}, {fault.what}")
-        said.append(_listed("cells", fault.cells, self.cell_names))
+        said.append(_counted("cells", _named(fault.cells, self.cell_names)))
         of_genes = fault.site == "x"
         kind, names = ("genes", self.gene_names) if of_genes else ("dimensions", None)
-        said.append(_listed(kind, fault.columns, names))
-        said.append(_listed("parameters", self.parameters, None))
-        said = ", ".join(filter(None, said))
+        said.append(_counted(kind, _named(fault.columns, names)))
+        said.append(_counted("parameters", self.parameters))
         return (
-            f"{said}. The last weights with a finite loss and gradient are kept. Look at these "
-            "cells, or train with a smaller lr or with gradient_clip_norm (both in plan_kwargs)"
+            f"{', '.join(filter(None, said))}. The last weights with a finite loss and gradient "
+            "are kept. Look at these cells, or train with a smaller lr or with "
+            "gradient_clip_norm (both in plan_kwargs)"
         )
 
 
@@ -145,10 +145,10 @@ class _Finder(Messenger):
         if not bad.any():
             return
         bad = bad.reshape(-1, *bad.shape[-2:]) if bad.dim() > 1 else bad.reshape(1, 1, -1)
-        cells, columns = bad.any(0).any(1), bad.any(0).any(0)
-        shared = len(cells) == 1  # by all cells
-        cells = np.empty(0, dtype=int) if shared else np.flatnonzero(cells.cpu())
-        self.fault = Fault(site, what, cells, np.flatnonzero(columns.cpu()))
+        bad = bad.any(0).cpu()
+        shared = len(bad) == 1  # by all cells
+        cells = np.empty(0, dtype=int) if shared else np.flatnonzero(bad.any(1))
+        self.fault = Fault(site, what, cells, np.flatnonzero(bad.any(0)))
         raise _Found
 
 
@@ -165,10 +165,11 @@ def _parameters(distribution: Distribution) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
-def _listed(kind: str, positions: Sequence, names: np.ndarray | None) -> str:
+def _named(positions: np.ndarray, names: np.ndarray | None) -> Collection:
+    """The names at these positions; the positions themselves where there are no names."""
+    return positions if names is None else names[positions]
+
+
+def _counted(kind: str, members: Collection) -> str:
     """ "3 cells (a, b, c)"; empty without any."""
-    if not len(positions):
-        return ""
-    shown = [i if names is None else names[i] for i in positions[:NAMES_SHOWN]]
-    more = ", ..." if len(positions) > NAMES_SHOWN else ""
-    return f"{len(positions)} {kind} ({', '.join(map(str, shown))}{more})"
+    return f"{len(members)} {kind}{first(members)}" if len(members) else ""

@@ -1,14 +1,18 @@
-"""Training a model: unsupervised warm start, then the objective; fresh, further, or resumed."""
+"""Training a model: its phases in turn; fresh, further, or resumed."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelSummary
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from pyro_scanvi.data.minibatches import (
@@ -18,18 +22,18 @@ from pyro_scanvi.data.minibatches import (
     subsampled_labels,
     training_loader,
 )
-from pyro_scanvi.model.objective import BoundModule
 from pyro_scanvi.model.scanvae import SCANVAE
-from pyro_scanvi.model.unsupervised import Unsupervised
+from pyro_scanvi.storage.files import user_path
 from pyro_scanvi.threads import as_told, told
 from pyro_scanvi.training import checkpoints
-from pyro_scanvi.training.callbacks import TimeHint
-from pyro_scanvi.training.course import Course
-from pyro_scanvi.training.module import TrainingPlan
+from pyro_scanvi.training.callbacks import LastGoodWeights, ProgressBar, TimeHint
+from pyro_scanvi.training.checkpoints import LastCheckpoint, Saved, WholeFiles
+from pyro_scanvi.training.module import LightningObjective
 from pyro_scanvi.training.nonfinite import NonFiniteError
-from pyro_scanvi.training.plan import Plan
-from pyro_scanvi.training.trainer import TrainerOptions, quiet_lightning, stop_on_interrupt
-from pyro_scanvi.validation import InputError
+from pyro_scanvi.training.phases import PHASES, Phase
+from pyro_scanvi.training.settings import DataSettings, Plan, TrainerSettings
+from pyro_scanvi.training.trainer import quiet_lightning, stop_on_interrupt
+from pyro_scanvi.validation import InputError, look_up
 
 Rows = list[dict[str, Any]]
 MAY_CHANGE = ("max_epochs",)  # between a run and the run that resumes it
@@ -39,8 +43,8 @@ def fit(
     vae: SCANVAE,
     data: CellData,
     plan: Plan,
-    course: Course,
-    options: TrainerOptions,
+    data_settings: DataSettings,
+    trainer_settings: TrainerSettings,
     history: Rows,
     ckpt_path: str | Path | None = None,
     guards: Sequence[Callback] = (),
@@ -58,38 +62,25 @@ def fit(
     NonFiniteError
         If a loss or gradient is not finite; the last good weights are kept.
     """
-    if options.counts_steps and (ckpt_path is not None or options.checkpoint_dir is not None):
+    folder = trainer_settings.checkpoint_dir
+    if trainer_settings.counts_steps and (ckpt_path is not None or folder is not None):
         raise InputError(
             "max_steps cannot go with checkpoints: where Lightning counts steps, it does not go on "
             "from the end of an epoch; leave max_steps out, or ckpt_path and checkpoint_dir"
         )
-    run = _Run.of(vae, data, plan, course, options, history, guards)
-    checkpoint = None
-    ckpt_path = checkpoints.find(ckpt_path, options.checkpoint_dir)
-    if ckpt_path is not None:
-        checkpoint = checkpoints.read(ckpt_path)
-        checkpoints.check_resumable(checkpoint, run.identity, vae.state_dict())
-        checkpoints.check_epochs(checkpoint, course.max_epochs)
+    run = _Run(vae, data, plan, data_settings, trainer_settings, history, guards)
+    path = checkpoints.find(ckpt_path, folder)
+    saved = None if path is None else run.resumable(checkpoints.read(path))
     with ExitStack() as stack:
         stack.enter_context(as_told())
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(quiet_lightning())
         stack.callback(vae.eval)
-        stack.callback(vae.to, vae.y_prior.dtype)  # Lightning leaves it in its own precision
-        for phase in (run.pretraining(), run.training()):
-            if phase.max_epochs and not run.go(phase, ckpt_path, checkpoint):
+        dtype = vae.y_prior.dtype
+        stack.callback(lambda: vae.to(dtype))  # Lightning leaves it in its own precision
+        for phase in run.phases(saved):
+            if not run.go(phase, saved):
                 break
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of epochs with an objective and a plan of its own, and callbacks beside ours."""
-
-    name: str
-    max_epochs: int
-    bound: BoundModule
-    plan: Plan
-    callbacks: Sequence[Callback] = ()
 
 
 @dataclass
@@ -99,119 +90,167 @@ class _Run:
     vae: SCANVAE
     data: CellData
     plan: Plan
-    course: Course
-    options: TrainerOptions
+    data_settings: DataSettings
+    trainer_settings: TrainerSettings
     history: Rows
     guards: Sequence[Callback]
-    positions: tuple[np.ndarray, np.ndarray]  # of the cells to train on and to score
-    identity: dict[str, Any]
-    hint: TimeHint
+    positions: tuple[np.ndarray, np.ndarray] = field(init=False)  # of the cells to train on, score
+    identity: dict[str, Any] = field(init=False)
+    hint: TimeHint = field(init=False)
 
-    @classmethod
-    def of(cls, vae, data, plan, course, options, history, guards) -> "_Run":
+    def __post_init__(self) -> None:
         """Split the data; refuse what cannot be trained."""
-        positions = split(data.label, course.train_size, course.split_seed, course.validation_size)
+        of_data, plan = self.data_settings, self.plan
+        shares = of_data.train_size, of_data.split_seed, of_data.validation_size
+        self.positions = split(self.data.label, *shares)
         watching = {
-            "early_stopping": course.early_stopping is not None,
+            "early_stopping": of_data.early_stopping is not None,
             "lr_scheduler_metric": plan.watches_validation,
         }
         for name in (name for name, watches in watching.items() if watches):
-            _check_scored(name, len(positions[1]), course, options)
-        settings = asdict(course) | plan.record()
+            self._check_scored(name)
+        settings = asdict(of_data) | plan.record()
         fixed = {k: v for k, v in settings.items() if k not in MAY_CHANGE}
-        identity = fixed | options.computing()
-        identity |= {"threads": told(), "data": checkpoints.digest(data)}
-        hint = TimeHint(vae.n_input, later_epochs={"pretrain": course.max_epochs})
-        return cls(vae, data, plan, course, options, history, guards, positions, identity, hint)
+        self.identity = fixed | self.trainer_settings.computing()
+        self.identity |= {"threads": told(), "data": checkpoints.digest(self.data)}
+        lengths = [phase.n_epochs(of_data) for phase in PHASES]
+        later = {phase.name: sum(lengths[i + 1 :]) for i, phase in enumerate(PHASES)}
+        self.hint = TimeHint(self.vae.n_input, later)
 
-    def pretraining(self) -> Phase:
-        """The warm start, without the user's callbacks: its scores have other names."""
-        story = Unsupervised(self.vae)
-        bound = story.objective()(story.model, story.guide)
-        plan = replace(self.plan, reduce_lr_on_plateau=False)
-        callbacks = [*self.guards, self.hint]
-        return Phase("pretrain", self.course.pretrain_epochs, bound, plan, callbacks)
+    def resumable(self, saved: Saved) -> Saved:
+        """The same checkpoint; InputError if this run cannot go on from it."""
+        checkpoints.check_resumable(saved, self.identity, self.data, self.vae.state_dict())
+        checkpoints.check_epochs(saved, _phase(saved).n_epochs(self.data_settings))
+        return saved
 
-    def training(self) -> Phase:
-        """The objective itself."""
-        callbacks = [*self.guards, self.hint, *self.options.callbacks]
-        if self.course.early_stopping is not None:
-            patience = self.course.early_stopping_scorings
-            callbacks.append(EarlyStopping("elbo_validation", mode="max", patience=patience))
-        bound = self.plan.objective(self.vae)(self.vae.model, self.vae.guide)
-        return Phase("train", self.course.max_epochs, bound, self.plan, callbacks)
+    def phases(self, saved: Saved | None) -> list[Phase]:
+        """Those that have epochs, from that of the checkpoint on."""
+        start = 0 if saved is None else PHASES.index(_phase(saved))
+        return [phase for phase in PHASES[start:] if phase.n_epochs(self.data_settings)]
 
-    def go(self, phase: Phase, ckpt_path: Path | None, checkpoint: dict[str, Any] | None) -> bool:
-        """Run a phase, unless a checkpoint lies behind it; whether the next may follow."""
-        ours = checkpoint[checkpoints.KEY] if checkpoint else {"phase": ""}
-        if ours["phase"] == "train" and phase.name == "pretrain":
-            return True
-        resumed = ours["phase"] == phase.name
-        first_epoch = ours["first_epoch"] if resumed else epochs_in(self.history)
-        loaders = self._loaders(first_epoch)
-        if resumed:  # Lightning tells the sampler from the second epoch on
-            loaders[0].sampler.set_epoch(checkpoint["epoch"] + 1)
-        trainer = self.options.trainer(phase.max_epochs, self.course, phase.plan, phase.callbacks)
-        module = self._module(phase, first_epoch)
+    def go(self, phase: Phase, saved: Saved | None) -> bool:
+        """Run a phase, or go on with it where it was saved; whether the next may follow."""
+        here = saved if saved is not None and saved.phase == phase.name else None
+        first_epoch = epochs_in(self.history) if here is None else here.first_epoch
+        train, validation = self._loaders(first_epoch)
+        if here is not None:  # Lightning tells the sampler from the second epoch on
+            train.sampler.set_epoch(here.n_epochs)  # type: ignore[attr-defined]  # it is ours
+        trainer, module = self._trainer(phase), self._module(phase, first_epoch)
         module.train()  # Lightning keeps the mode that it finds
-        torch.manual_seed(self.course.seed + first_epoch)
+        torch.manual_seed(self.data_settings.seed + first_epoch)
+        path = None if here is None else here.path
         try:
             with stop_on_interrupt(trainer):
-                resume = {"ckpt_path": ckpt_path if resumed else None, "weights_only": True}
-                trainer.fit(module, *loaders, **resume)
+                trainer.fit(module, train, validation, ckpt_path=path, weights_only=True)
         except NonFiniteError as error:
             error.fault.cells = np.sort(self.positions[error.held_out][error.fault.cells])
             raise
         return not trainer.should_stop
 
-    def _module(self, phase: Phase, first_epoch: int) -> TrainingPlan:
-        subsampled = self.course.n_samples_per_label is not None
-        return TrainingPlan(
+    def _trainer(self, phase: Phase) -> lightning.Trainer:
+        """A Lightning Trainer that writes nothing by itself; InputError if it refuses its settings.
+
+        It does for a device that is not there.
+        """
+        settings, callbacks = self.trainer_settings, self._callbacks(phase)
+        kinds = {  # Lightning refuses such callbacks where it is told to have none
+            "enable_checkpointing": Checkpoint,
+            "enable_progress_bar": LightningProgressBar,
+            "enable_model_summary": ModelSummary,
+        }
+        enabled = {k: any(isinstance(c, v) for c in callbacks) for k, v in kinds.items()}
+        arguments: dict[str, Any] = {
+            "max_epochs": phase.n_epochs(self.data_settings),
+            "accelerator": settings.accelerator,
+            "devices": 1 if settings.devices == "auto" else settings.devices,
+            "precision": settings.precision,
+            "callbacks": callbacks,
+            "logger": settings.logger,
+            "gradient_clip_val": self.plan.gradient_clip_norm,
+            "check_val_every_n_epoch": self.data_settings.check_val_every_n_epoch,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "plugins": WholeFiles(),
+        }
+        try:
+            return lightning.Trainer(**(arguments | enabled | dict(settings.trainer_kwargs)))
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+            raise InputError(f"Lightning's Trainer refuses to run like this: {error}") from error
+
+    def _callbacks(self, phase: Phase) -> list[Callback]:
+        """Ours, those of the model, and where the scores are watched those of the user."""
+        settings = self.trainer_settings
+        callbacks: list[Callback] = [LastGoodWeights()]
+        if settings.progress_bar:
+            callbacks.append(ProgressBar())
+        if settings.checkpoint_dir is not None:
+            callbacks.append(LastCheckpoint(user_path(settings.checkpoint_dir)))
+        callbacks += [*self.guards, self.hint]
+        if not phase.watched:
+            return callbacks
+        patience = self.data_settings.early_stopping_scorings
+        if patience is None:
+            return [*callbacks, *settings.callbacks]
+        stopping = EarlyStopping(f"elbo_{phase.held_out}", mode="max", patience=patience)
+        return [*callbacks, *settings.callbacks, stopping]
+
+    def _module(self, phase: Phase, first_epoch: int) -> LightningObjective:
+        n_per_label = self.data_settings.n_samples_per_label
+        return LightningObjective(
             self.vae,
-            phase.plan,
-            phase.bound,
-            phase.name,
+            self.plan,
+            phase,
             first_epoch,
             self.history,
             self.identity,
-            self._classified if subsampled else None,
+            None if n_per_label is None else partial(self._classified, n_per_label),
         )
 
-    def _loaders(self, first_epoch: int) -> list[DataLoader]:
-        course, (train, validation) = self.course, self.positions
-        shuffled = (course.batch_size, course.seed, first_epoch, course.class_balanced)
-        loaders = [training_loader(self.data.subset(train), *shuffled)]
-        if len(validation):
-            loaders.append(ordered_loader(self.data.subset(validation), course.batch_size))
-        return loaders
+    def _loaders(self, first_epoch: int) -> tuple[DataLoader, DataLoader | None]:
+        """Of the cells to train on and of those to score, None where there are none."""
+        settings, (train, validation) = self.data_settings, self.positions
+        shuffled = settings.batch_size, settings.seed, first_epoch, settings.class_balanced
+        loader = training_loader(self.data.subset(train), *shuffled)
+        if not len(validation):
+            return loader, None
+        return loader, ordered_loader(self.data.subset(validation), settings.batch_size)
 
-    def _classified(self, epoch: int) -> np.ndarray:
+    def _classified(self, n_per_label: int, epoch: int) -> np.ndarray:
         """Which training cells count in the classification term, drawn anew in each epoch."""
-        rng = np.random.default_rng([self.course.seed, epoch, 1])
-        label = self.data.label[self.positions[0]]
-        return subsampled_labels(label, self.course.n_samples_per_label, rng)
+        rng = np.random.default_rng([self.data_settings.seed, epoch, 1])
+        return subsampled_labels(self.data.label[self.positions[0]], n_per_label, rng)
 
-
-def _check_scored(name: str, n_held_out: int, course: Course, options: TrainerOptions) -> None:
-    """Refuse to watch scores that never come."""
-    if not n_held_out:
-        raise InputError(
-            f"{name} needs held-out cells, and there are none; lower train_size, or raise "
-            "validation_size"
-        )
-    if not course.scores:
-        raise InputError(
-            f"{name} needs scores of held-out cells, but check_val_every_n_epoch="
-            f"{course.check_val_every_n_epoch} is more than max_epochs={course.max_epochs}; lower "
-            "check_val_every_n_epoch"
-        )
-    if not options.scores:
-        raise InputError(
-            f"{name} needs scores of held-out cells, but limit_val_batches=0 scores none; leave it "
-            "out of trainer_kwargs"
-        )
+    def _check_scored(self, name: str) -> None:
+        """Refuse to watch scores that never come."""
+        settings = self.data_settings
+        if not len(self.positions[1]):
+            raise InputError(
+                f"{name} needs held-out cells, and there are none; lower train_size, or raise "
+                "validation_size"
+            )
+        if not settings.scores:
+            raise InputError(
+                f"{name} needs scores of held-out cells, but check_val_every_n_epoch="
+                f"{settings.check_val_every_n_epoch} is more than max_epochs={settings.max_epochs};"
+                " lower check_val_every_n_epoch"
+            )
+        if not self.trainer_settings.scores:
+            raise InputError(
+                f"{name} needs scores of held-out cells, but limit_val_batches=0 scores none; "
+                "leave it out of trainer_kwargs"
+            )
 
 
 def epochs_in(history: Rows) -> int:
     """Number of epochs in a history."""
     return 1 + max((row["epoch"] for row in history), default=-1)
+
+
+def has_learned_labels(history: Rows) -> bool:
+    """Whether it holds an epoch of a phase after which the model answers."""
+    learning = [phase.name for phase in PHASES if phase.learns_labels]
+    return any(row["split"] in learning for row in history)
+
+
+def _phase(saved: Saved) -> Phase:
+    return look_up({phase.name: phase for phase in PHASES}, saved.phase, f"{saved.path}: phase")

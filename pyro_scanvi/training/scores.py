@@ -12,7 +12,7 @@ from pyro_scanvi.model.objective import ObjectiveParts
 class EpochScores:
     """Sums over the minibatches of an epoch, and the scores of its labelled cells."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
         self.n_cells = 0
         self.labels: list[torch.Tensor] = []

@@ -8,10 +8,10 @@ from lightning.pytorch.callbacks import LambdaCallback
 
 from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.storage import models
-from tests.examples import as_they_are, simulated, small_model
+from tests.examples import QUESTIONS, as_they_are, simulated, small_model
 
 QUIET = {"batch_size": 32, "progress_bar": False}
-QUESTIONS = {
+ASKED = {
     "predict": {},
     "annotate": {},
     "get_latent_representation": {},
@@ -33,22 +33,23 @@ def untrained():
 
 
 def test_every_question_is_asked_below():
-    asked = {name for name in vars(SCANVI) if name.startswith(("get_", "posterior_"))}
-    assert asked - set(QUESTIONS) == {"get_var_names"}  # which reads no weights
+    assert set(ASKED) == {*QUESTIONS, "annotate"}
+    asked = {name for name in dir(SCANVI) if name.startswith(("get_", "posterior_"))}
+    assert asked - set(ASKED) == {"get_var_names"}  # which reads no weights
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("name", ASKED)
 @pytest.mark.parametrize("of_new_cells", [False, True])
 def test_an_untrained_model_does_not_answer(untrained, name, of_new_cells):
     ask = {"adata": simulated(n=30)} if of_new_cells else {}
     with pytest.raises(InputError, match=r"not trained.*model\.train\(\).*is_trained = True"):
-        getattr(untrained, name)(**ask, **QUESTIONS[name])
+        getattr(untrained, name)(**ask, **ASKED[name])
     assert "scanvi_prediction" not in untrained.adata.obs
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("name", ASKED)
 def test_it_answers_where_the_weights_are_meant(untrained, name):
-    assert getattr(as_they_are(untrained), name)(**QUESTIONS[name]) is not None
+    assert getattr(as_they_are(untrained), name)(**ASKED[name]) is not None
 
 
 def test_training_makes_it_trained(untrained):

@@ -1,23 +1,19 @@
-"""Differential expression: counting by hand, recovery of simulated changes, and what is refused."""
+"""Differential expression: recovery of simulated changes, draws of groups, and what is refused."""
 
 import copy
-import statistics
 from functools import partial
-from math import log, log2
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.sparse import csr_array, csr_matrix
+from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 
 from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.data.minibatches import CellData
-from pyro_scanvi.posterior import differential, expression
-from pyro_scanvi.posterior.comparisons import Comparison, decoded_batches, find_comparisons
-from pyro_scanvi.posterior.differential import Group, RawStatistics, Settings
+from pyro_scanvi.posterior import differential
 
 CHANGE = ["proba_de", "proba_not_de", "bayes_factor", "scale1", "scale2", "pseudocounts", "delta"]
 CHANGE += ["lfc_mean", "lfc_median", "lfc_std", "lfc_min", "lfc_max"]
@@ -25,7 +21,6 @@ VANILLA = ["proba_m1", "proba_m2", "bayes_factor", "scale1", "scale2"]
 RAW = ["raw_mean1", "raw_mean2", "non_zeros_proportion1", "non_zeros_proportion2"]
 RAW += ["raw_normalized_mean1", "raw_normalized_mean2"]
 NAMES = ["comparison", "group1", "group2"]
-
 N_GENES = 100
 UP, DOWN = slice(0, 10), slice(10, 20)  # 4-fold between the types
 ONE, TWO = slice(20, 25), slice(25, 30)  # 4-fold between the batches; the other genes are the same
@@ -78,160 +73,7 @@ def asked(model):
     )
 
 
-def group(rho, mean=None) -> Group:
-    """A group with given draws; every gene is expressed unless its raw mean is given."""
-    rho = np.asarray(rho, dtype=np.float32)
-    ones = np.ones(rho.shape[1])
-    return Group(rho, RawStatistics(ones if mean is None else np.asarray(mean), ones, ones))
-
-
-def random_groups(n_genes: int = 300, n_draws: int = 40) -> tuple[Group, Group]:
-    """More genes than are computed at once, some of them changed."""
-    rng = np.random.default_rng(0)
-    shift = np.where(np.arange(n_genes) % 3 == 0, 1.0, 0.0)
-    logits = rng.normal(size=(2, n_draws, n_genes)) * 0.4
-    return group(np.exp(logits[0] + shift) / 1000), group(np.exp(logits[1]) / 1000)
-
-
-# ---- the statistics, on draws made by hand ------------------------------------------------------
-
-
-@pytest.mark.parametrize("test_mode", ["three", "two"])
-def test_change_by_counting(test_mode):
-    one, two = random_groups()
-    found = differential.change(
-        one, two, Settings(delta=0.3, pseudocounts=1e-4, test_mode=test_mode)
-    )
-    for gene in (0, 1, 255, 256, 299):
-        pairs = list(zip(one.rho[:, gene].tolist(), two.rho[:, gene].tolist(), strict=True))
-        tested = [log2(a + 1e-4) - log2(b + 1e-4) for a, b in pairs]
-        up = sum(r >= 0.3 for r in tested) / 40
-        down = sum(r <= -0.3 for r in tested) / 40
-        proba = max(up, down) if test_mode == "three" else up + down
-        shown = [log2(a + 1e-7) - log2(b + 1e-7) for a, b in pairs]
-        expected = {
-            "proba_de": proba,
-            "proba_not_de": 1 - proba,
-            "bayes_factor": log((proba + 1e-8) / (1 - proba + 1e-8)),
-            "scale1": statistics.fmean(a for a, _ in pairs),
-            "scale2": statistics.fmean(b for _, b in pairs),
-            "pseudocounts": 1e-4,
-            "delta": 0.3,
-            "lfc_mean": statistics.fmean(shown),
-            "lfc_median": statistics.median(shown),
-            "lfc_std": statistics.pstdev(shown),
-            "lfc_min": min(shown),
-            "lfc_max": max(shown),
-        }
-        assert {k: v[gene] for k, v in found.items()} == pytest.approx(expected, rel=1e-6)
-
-
-def test_vanilla_by_counting():
-    one, two = group([[1, 5, 3], [2, 5, 3]]), group([[0, 6, 4], [3, 4, 5]])
-    found = differential.vanilla(one, two, Settings("vanilla"))
-    np.testing.assert_allclose(found["proba_m1"], [0.5, 0.5, 0])
-    np.testing.assert_allclose(found["proba_m1"] + found["proba_m2"], 1)
-    np.testing.assert_allclose(found["scale2"], [1.5, 5, 4.5])
-    np.testing.assert_allclose(found["bayes_factor"], [0, 0, -log((1 + 1e-8) / 1e-8)], atol=1e-12)
-
-
-@pytest.mark.parametrize("delta", [0.25, None])
-def test_swapped_groups(delta):
-    """Changes are negated; the probability of a change is the same."""
-    one, two = random_groups()
-    settings = Settings(delta=delta)
-    there, back = differential.change(one, two, settings), differential.change(two, one, settings)
-    np.testing.assert_allclose(back["proba_de"], there["proba_de"])
-    np.testing.assert_allclose(back["lfc_mean"], -there["lfc_mean"])
-    np.testing.assert_allclose(back["lfc_max"], -there["lfc_min"])
-    np.testing.assert_allclose(back["scale1"], there["scale2"])
-
-
-def test_a_change_of_delta_itself_counts_both_ways():
-    one, two = group([[2.0, 1.0]]), group([[1.0, 2.0]])
-    found = differential.change(one, two, Settings(delta=1, pseudocounts=1e-30))
-    np.testing.assert_array_equal(found["proba_de"], 1)
-
-
-def test_variation_within_the_groups_is_no_change_between_them():
-    """Both halve or double at random: "two" takes half of that for a change, "three" a quarter.
-
-    Four standard errors of 20,000 draws: a false alarm in 8,000.
-    """
-    rng = np.random.default_rng(0)
-    one, two = (group(rng.choice([1.0, 2.0], size=(20_000, 1))) for _ in range(2))
-    for test_mode, expected in (("three", 0.25), ("two", 0.5)):
-        found = differential.change(one, two, Settings(test_mode=test_mode))["proba_de"]
-        np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 20_000))
-
-
-def test_calls_by_hand():
-    """Expected shares of false calls are .01, .02, .05 and .1625; then 1."""
-    proba = np.array([0.5, 0.97, 0.89, 0.99])
-    for target, expected in ((0.05, [0, 1, 1, 1]), (0.0499, [0, 1, 0, 1]), (0.001, [0, 0, 0, 0])):
-        found = differential.expected_fdr_calls(proba, target + 1e-12)
-        np.testing.assert_array_equal(found, np.array(expected, dtype=bool))
-
-
-@pytest.mark.parametrize("target", [0.05, 0.2])
-def test_false_calls_are_as_many_as_announced(target):
-    """Where the probabilities are true. Five standard errors: a false alarm in 1.7 million."""
-    rng = np.random.default_rng(0)
-    proba = rng.beta(0.3, 0.5, size=40_000)
-    truth = rng.random(40_000) < proba
-    calls = differential.expected_fdr_calls(proba, target)
-    error = 5 * np.sqrt(target * (1 - target) / calls.sum())
-    assert abs((~truth[calls]).mean() - target) < error + 1 / calls.sum()
-
-
-def test_of_sure_genes_the_larger_change_comes_first():
-    """Whether up or down; unsure genes come last."""
-    folds = 2.0 ** np.array([2, -3, 0, 1])
-    draws = (lambda cells: np.tile(folds, (5, 1))), (lambda cells: np.ones((5, 4)))
-    comparison = Comparison(np.array([0]), np.array([1]), ("x", "y"))
-    genes = np.array(["up", "down", "same", "less"])
-    table = differential.compare(comparison, draws, np.ones((2, 4)), genes, Settings())
-    assert list(table.index) == ["down", "up", "less", "same"]
-    assert list(table["is_de_fdr_0.05"]) == [True, True, True, False]
-    assert (table["comparison"] == "x vs y").all()
-
-
-def test_pseudocounts_from_unexpressed_genes():
-    """Largest draws of the unexpressed genes: 3 and 5 in group 1, 7 in group 2."""
-    one = group([[1, 3, 9, 2], [2, 1, 9, 5]], mean=[1, 0, 0.01, 0.0099])
-    two = group([[7, 1, 1, 1], [1, 1, 1, 1]], mean=[0, 1, 1, 1])
-    assert differential.estimated_pseudocounts(one, two) == pytest.approx(7 / 4)
-    assert differential.estimated_pseudocounts(one, group(two.rho)) == pytest.approx(4.8 / 4)
-    assert differential.estimated_pseudocounts(group(one.rho), group(two.rho)) == 1e-10
-
-
-def test_delta_from_the_genes():
-    """Three tight clusters of mean changes, at -2, 0 and 3: 0.6 (2 + 3) / 2."""
-    shift = np.repeat([-2.0, 0.0, 3.0], [20, 60, 20]) + np.linspace(-0.01, 0.01, 100)
-    one, two = group(2.0 ** shift[None]), group(np.ones((1, 100)))
-    assert differential.estimated_delta(one, two, 1e-10) == pytest.approx(1.5, abs=0.01)
-    near = group(2.0 ** np.linspace(-0.01, 0.01, 100)[None])
-    assert differential.estimated_delta(near, two, 1e-10) == 0.1
-    with pytest.raises(InputError, match="delta=None needs 3 genes"):
-        differential.estimated_delta(group([[1, 2]]), group([[1, 2]]), 1e-10)
-
-
-@pytest.mark.parametrize("kind", [np.asarray, csr_matrix, csr_array])
-def test_raw_statistics(kind, monkeypatch):
-    monkeypatch.setattr(differential, "CELLS_AT_ONCE", 7)
-    rng = np.random.default_rng(0)
-    counts = rng.poisson(0.7, size=(60, 9)).astype(np.float32)
-    counts[:, 0] += 1
-    cells = np.flatnonzero(rng.random(60) < 0.6)
-    matrix = kind(counts.copy())
-    if kind is not np.asarray:
-        matrix.data[3], counts[matrix.nonzero()[0][3], matrix.indices[3]] = 0, 0  # a stored zero
-    found = differential.raw_statistics(matrix, cells)
-    table = pd.DataFrame(counts[cells])
-    np.testing.assert_allclose(found.mean, table.mean())
-    np.testing.assert_allclose(found.non_zeros, (table > 0).mean())
-    scaled = table.div(table.sum(axis=1), axis=0) * 1e4
-    np.testing.assert_allclose(found.normalized_mean, scaled.mean(), rtol=1e-6)
+# ---- draws --------------------------------------------------------------------------------------
 
 
 def test_outliers_are_left_out():
@@ -245,9 +87,6 @@ def test_outliers_are_left_out():
         assert len(differential.without_outliers(np.arange(6), latent[:6])) == 6
 
 
-# ---- draws --------------------------------------------------------------------------------------
-
-
 class Told:
     """In place of count parameters: the position of each cell, and the batch it is decoded in."""
 
@@ -258,11 +97,11 @@ class Told:
 
 @pytest.mark.parametrize("batches", [[None], [1], [2, 0], [0, 1, 2]])
 def test_every_cell_is_drawn_as_often_and_batches_come_in_order(model, monkeypatch, batches):
-    monkeypatch.setattr(expression, "count_parameters", Told)
+    monkeypatch.setattr(differential, "count_parameters", Told)
     told = np.arange(20, dtype=np.float32)[:, None]
     data = CellData(csr_matrix(told), batch=np.full(20, 1), label=np.zeros(20, dtype=int))
     cells = np.array([3, 8, 11, 19])
-    found = expression.expression_draws(model.module, data, cells, batches, 30, batch_size=7)
+    found = differential.expression_draws(model.module, data, cells, batches, 30, batch_size=7)
     drawn, times = np.unique(found[:, 0], return_counts=True)
     np.testing.assert_array_equal(drawn, cells)
     assert sorted(times) == [7, 7, 8, 8]
@@ -396,9 +235,9 @@ def test_outliers_are_not_drawn(asked, model, monkeypatch):
         seen.append(cells)
         return original(vae, data, cells, *rest)
 
-    original = expression.expression_draws
+    original = differential.expression_draws
     monkeypatch.setattr(differential, "without_outliers", first_half)
-    monkeypatch.setattr(expression, "expression_draws", draws)
+    monkeypatch.setattr(differential, "expression_draws", draws)
     table = asked(groupby="truth", group1="A", filter_outlier_cells=True)
     assert [len(cells) for cells in seen] == [100, 100]
     monkeypatch.undo()
@@ -407,89 +246,7 @@ def test_outliers_are_not_drawn(asked, model, monkeypatch):
     assert found.loc[TYPE_GENES, "is_de_fdr_0.05"].all()
 
 
-# ---- which cells --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def obs():
-    table = {"kind": ["b", "a", "b", "c", "a"], "cluster": [0, 1, 1, 0, 0], "one": ["z"] * 5}
-    return pd.DataFrame(table, index=list("vwxyz"))
-
-
-def pairs(comparisons: list[Comparison]) -> list[tuple]:
-    return [(c.names, c.cells1.tolist(), c.cells2.tolist()) for c in comparisons]
-
-
-def test_groups_of_a_column(obs):
-    rest = [("a", [1, 4], [0, 2, 3]), ("b", [0, 2], [1, 3, 4]), ("c", [3], [0, 1, 2, 4])]
-    expected = [((name, "Rest"), one, two) for name, one, two in rest]
-    assert pairs(find_comparisons(obs, "kind")) == expected
-    obs["kind"] = pd.Categorical(obs["kind"], ["c", "b", "a", "empty"])
-    assert pairs(find_comparisons(obs, "kind")) == expected[::-1]
-    assert pairs(find_comparisons(obs, "kind", "b")) == [expected[1]]
-    assert pairs(find_comparisons(obs, "kind", ["b", "a", "b"])) == [expected[1], expected[0]]
-    assert pairs(find_comparisons(obs, "kind", "b", "c")) == [(("b", "c"), [0, 2], [3])]
-    against = [(("c", "b"), [3], [0, 2]), (("a", "b"), [1, 4], [0, 2])]
-    assert pairs(find_comparisons(obs, "kind", group2="b")) == against
-    for name in (1, "1"):
-        assert pairs(find_comparisons(obs, "cluster", name)) == [((1, "Rest"), [1, 2], [0, 3, 4])]
-
-
-@pytest.mark.parametrize(
-    "idx",
-    [
-        [0, -2],
-        np.array([0, 3]),
-        [True, False, False, True, False],
-        "kind == 'c' or kind > 'a' and cluster == 0",
-    ],
-)
-def test_cells_by_mask_positions_or_query(obs, idx):
-    assert pairs(find_comparisons(obs, idx1=idx)) == [(None, [0, 3], [1, 2, 4])]
-    assert pairs(find_comparisons(obs, idx1=[1], idx2=idx)) == [(None, [1], [0, 3])]
-
-
-def test_batches_to_decode_in():
-    names = np.array([3, 1, 2])  # of obs, not codes
-    assert decoded_batches(names, False) == ([None], [None])
-    assert decoded_batches(names, True) == ([0, 1, 2], [0, 1, 2])
-    assert decoded_batches(names, True, [2, "3"], ["3", "2"]) == ([0, 2], [0, 2])
-    assert decoded_batches(names, True, [3], [1, 2]) == ([0], [1, 2])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "give groupby, a column of obs, or idx1"),
-        ({"groupby": "knd"}, "'knd' is not a column of obs; did you mean 'kind'"),
-        ({"groupby": "kind", "group1": "d"}, "'d' is not a group of obs.'kind'.; choose from a, b"),
-        ({"groupby": "kind", "group1": ["a", "bb"]}, "'bb' is not a group.*did you mean 'b'"),
-        ({"groupby": "kind", "group1": "a", "group2": "e"}, "'e' is not a group"),
-        ({"groupby": "kind", "group1": ["a", "b"], "group2": "b"}, "both 'b'; compare two"),
-        ({"groupby": "kind", "group1": []}, "group1 names no group"),
-        ({"groupby": "one"}, "obs.'one'. has one group, 'z'"),
-        ({"groupby": "holes"}, "no value in 2 cells"),
-        ({"groupby": "kind", "idx1": [0]}, "groupby is given, but idx1 already says"),
-        ({"group2": "a", "idx1": [0]}, "group2 is given, but idx1 already says"),
-        ({"groupby": "kind", "idx2": [0]}, "idx2 is given, but there is no idx1"),
-        ({"idx1": [0, 1], "idx2": [1, 2]}, "share 1 cells"),
-        ({"idx1": [0, 1, 2, 3, 4]}, "idx1 selects all cells"),
-        ({"idx1": []}, "idx1 selects no cell"),
-        ({"idx1": "cluster == 7"}, "idx1 selects no cell"),
-        ({"idx1": [0], "idx2": [False] * 5}, "idx2 selects no cell"),
-        ({"idx1": [True, False]}, r"mask of shape .2,., expected .5,."),
-        ({"idx1": [0], "idx2": [5]}, "positions from 5 to 5, but there are 5 cells"),
-        ({"idx1": [-6]}, "positions from -6"),
-        ({"idx1": [0.5]}, "idx1 holds float64"),
-        ({"idx1": ["v", "w"]}, "idx1 holds <U1, expected a mask"),
-        ({"idx1": "knd == 'a'"}, "is no query of obs.*knd"),
-        ({"idx1": "kind =="}, "is no query of obs"),
-    ],
-)
-def test_groups_that_are_refused(obs, arguments, message):
-    obs["holes"] = ["a", None, "b", None, "a"]
-    with pytest.raises(InputError, match=message):
-        find_comparisons(obs, **arguments)
+# ---- errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -507,10 +264,10 @@ def test_groups_that_are_refused(obs, arguments, message):
         ({"batchid1": ["one"]}, "batchid1 is given, but batch_correction is False"),
         (
             {"batch_correction": True, "batchid1": ["tow"]},
-            "'tow' is not a batch; did you mean 'two'",
+            "batchid1: the model does not know 'tow'; did you mean 'two'",
         ),
         ({"batch_correction": True, "batchid1": ["one"]}, "share batches but are not the same"),
-        ({"batch_correction": True, "batchid1": []}, "names no batch"),
+        ({"batch_correction": True, "batchid1": []}, "batchid1 is empty"),
     ],
 )
 def test_arguments_that_are_refused(asked, arguments, message):

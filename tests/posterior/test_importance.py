@@ -15,6 +15,7 @@ from scipy.stats import multivariate_normal
 from pyro_scanvi import SCANVAE, Cells, SemiSupervisedELBO
 from pyro_scanvi.posterior import importance
 from tests.examples import as_they_are, random_cells, simulated, small_model, small_vae
+from tests.posterior.examples import by_bayes
 
 N_GENES, N_LATENT, N_LABELS = 5, 2, 3
 EYE_Z, EYE_X = torch.eye(N_LATENT).double(), torch.eye(N_GENES).double()
@@ -467,7 +468,7 @@ def test_known_labels_are_fed_only_when_asked(model):
     fed = model.get_marginal_ll(feed_labels=True, **arguments)
     assert fed.shape == (120,) and fed.dtype == np.float64
     np.testing.assert_array_equal(fed[~labelled], without[~labelled])
-    log_posterior = np.log(_bayes(model, n_mc_samples=20, seed=3).to_numpy())
+    log_posterior = np.log(by_bayes(model, n_mc_samples=20, seed=3).to_numpy())
     codes = model._data.label[labelled]
     expected = without[labelled] + log_posterior[labelled, codes]
     np.testing.assert_allclose(fed[labelled], expected, atol=1e-8)
@@ -483,48 +484,15 @@ def test_mean_and_indices(model):
     assert some[0] - some[1] > 10
 
 
-def _bayes(model, **arguments):
-    return model.predict(soft=True, method="bayes", **arguments)
-
-
-def test_bayes_recovers_clear_types(model):
-    """Chance is 1/3."""
-    hidden = (model.adata.obs["cell_type"] == "Unknown").to_numpy()
-    soft = _bayes(model, seed=0)
-    np.testing.assert_allclose(soft.sum(axis=1), 1, rtol=1e-12)
-    hard = model.predict(method="bayes", seed=0)
-    assert (soft.idxmax(axis=1).to_numpy() == hard).all()
-    assert (hard == model.adata.obs["truth"].to_numpy())[hidden].mean() > 0.9
-
-
-def test_bayes_does_not_ask_the_classifier(model):
-    twin = copy.deepcopy(model)
-    for parameter in twin.module.classifier.parameters():
-        parameter.data.fill_(float("nan"))
-    pd.testing.assert_frame_equal(_bayes(twin, seed=0), _bayes(model, seed=0))
-
-
-def test_prior_of_labels_shifts_log_odds(model):
-    """By exactly the log of the ratio of the priors, with the same draws."""
-    twin = copy.deepcopy(model)
-    prior = torch.tensor([0.6, 0.3, 0.1])
-    twin.module.y_prior.copy_(prior)
-    arguments = {"n_mc_samples": 20, "seed": 0}
-    shift = np.log(_bayes(twin, **arguments)) - np.log(_bayes(model, **arguments))
-    odds = shift.sub(shift.iloc[:, 2], axis=0).to_numpy()
-    expected = (prior / prior[2]).log().expand(120, -1)
-    np.testing.assert_allclose(odds, expected, atol=1e-5)
-
-
 def test_seeds(model):
     """A seed fixes what is drawn, and leaves torch's generator alone; None draws on from it."""
     before = torch.get_rng_state()
     arguments = {"n_mc_samples": 5}
-    first, again, other = (_bayes(model, seed=s, **arguments) for s in (1, 1, 2))
+    first, again, other = (by_bayes(model, seed=s, **arguments) for s in (1, 1, 2))
     assert model.get_marginal_ll(seed=1, **arguments) == model.get_marginal_ll(seed=1, **arguments)
     assert torch.equal(torch.get_rng_state(), before)
     assert first.equals(again) and not first.equals(other)
-    assert not _bayes(model, **arguments).equals(_bayes(model, **arguments))
+    assert not by_bayes(model, **arguments).equals(by_bayes(model, **arguments))
     sampled = [model.predict(soft=True, use_posterior_mean=False, seed=1) for _ in range(2)]
     assert sampled[0].equals(sampled[1])
 
@@ -533,40 +501,11 @@ def test_evaluation_moves_nothing(model):
     twin = copy.deepcopy(model)
     twin.module.train()
     before = copy.deepcopy(twin.module.state_dict())
-    pd.testing.assert_frame_equal(_bayes(twin, seed=0), _bayes(model, seed=0))
+    pd.testing.assert_frame_equal(by_bayes(twin, seed=0), by_bayes(model, seed=0))
     twin.get_marginal_ll(n_mc_samples=5)
     assert twin.module.training
     for name, value in twin.module.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-@pytest.mark.parametrize("method", ["classifier", "bayes"])
-def test_observed_labels_are_kept(method):
-    """Those of half of the cells, here wrong ones; the others are predicted as ever."""
-    adata = simulated(n=60)
-    model = as_they_are(small_model(adata))
-    labelled = (adata.obs["cell_type"] != "Unknown").to_numpy()
-    arguments = {"method": method, "seed": 0, "n_mc_samples": 5}
-    free = model.predict(soft=True, **arguments)
-    kept = model.predict(soft=True, keep_observed=True, **arguments)
-    pd.testing.assert_frame_equal(kept[~labelled], free[~labelled])
-    expected = pd.get_dummies(adata.obs["cell_type"][labelled])[kept.columns]
-    np.testing.assert_array_equal(kept[labelled], expected)
-    hard = model.predict(keep_observed=True, **arguments)
-    assert (hard[labelled] == adata.obs["cell_type"][labelled]).all()
-    assert (hard[~labelled] == model.predict(**arguments)[~labelled]).all()
-    assert not (free[labelled].max(axis=1) == 1).any()
-    some = model.predict(indices=[7, 3], keep_observed=True, soft=True, method="classifier")
-    expected = model.predict(keep_observed=True, soft=True, method="classifier").iloc[[7, 3]]
-    pd.testing.assert_frame_equal(some, expected, rtol=1e-5)
-
-
-def test_cells_without_a_column_of_labels_have_none_to_keep(model):
-    new = simulated()
-    del new.obs["cell_type"]
-    pd.testing.assert_frame_equal(
-        model.predict(new, soft=True, keep_observed=True), model.predict(soft=True)
-    )
 
 
 def test_refusals(model):

@@ -16,8 +16,8 @@ import torch
 
 from pyro_scanvi import SCANVAE, SCANVI, InputError
 from pyro_scanvi.scvi_tools.names import ATTRIBUTES, MODEL, SETUP_ANNDATA, TRAIN, trainer_arguments
-from pyro_scanvi.training.plan import Plan
-from pyro_scanvi.training.trainer import OURS
+from pyro_scanvi.training.settings import Plan
+from pyro_scanvi.training.trainer import OURS, free_arguments
 from tests.examples import SMALL, simulated, small_model
 
 QUIET = {"batch_size": 32, "progress_bar": False}
@@ -330,18 +330,19 @@ LIGHTNINGS = [n for n in inspect.signature(lightning.Trainer.__init__).parameter
 @pytest.mark.parametrize("as_keyword", [True, False])
 def test_every_argument_of_lightnings_trainer(name, as_keyword):
     """Goes to it, is the progress bar, or names ours; as a keyword and in the dict."""
-    given = ({name: 1}, {}) if as_keyword else ({}, {name: 1})
+    known = SCANVI.train, [f.name for f in fields(Plan)], free_arguments()
+    given = (*known, {name: 1}, {}) if as_keyword else (*known, {}, {name: 1})
     if name == "enable_progress_bar":
-        assert trainer_arguments(SCANVI.train, *given, True) == ({}, 1)
+        assert trainer_arguments(*given, True) == ({}, 1)
     elif name in OURS:
         if as_keyword and name in SPELLED:
             return
         message = "is an argument of train" if name in SPELLED else f"no argument '{name}': "
         with pytest.raises(TypeError, match=message) as caught:
-            trainer_arguments(SCANVI.train, *given, True)
+            trainer_arguments(*given, True)
         assert name in SPELLED or names_ours(str(caught.value))
     else:
-        assert trainer_arguments(SCANVI.train, *given, True) == ({name: 1}, True)
+        assert trainer_arguments(*given, True) == ({name: 1}, True)
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Plan)])

@@ -22,13 +22,14 @@ def adata():
     counts = rng.poisson(np.where(kind[:, None], [8.0] * 6 + [1.0] * 6, [1.0] * 6 + [8.0] * 6))
     labels = np.where(np.arange(40) < 20, np.array(["a", "b"])[kind], "Unknown")
     obs = pd.DataFrame({"label": labels}, index=[f"c{i}" for i in range(40)])
-    return ad.AnnData(counts.astype(np.float32), obs, pd.DataFrame(index=[*"ABCDEFGHIJKL"]))
+    adata = ad.AnnData(counts.astype(np.float32), obs, pd.DataFrame(index=[*"ABCDEFGHIJKL"]))
+    SCANVI.setup_anndata(adata, "label", "Unknown")
+    return adata
 
 
 @pytest.fixture(scope="module")
 def model(adata):
     """Trained for two epochs."""
-    SCANVI.setup_anndata(adata, "label", "Unknown")
     model = SCANVI(adata, n_hidden=8, n_latent=3, y_prior=[0.3, 0.7], seed=3)
     return model.train(max_epochs=2, progress_bar=False)
 

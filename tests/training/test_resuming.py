@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix
 from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.data.minibatches import CellData
 from pyro_scanvi.training.checkpoints import digest
-from pyro_scanvi.training.module import TrainingPlan
+from pyro_scanvi.training.module import LightningObjective
 from tests.examples import SMALL, file_limit, simulated, small_model
 
 N, EPOCHS = 90, 4  # three minibatches an epoch
@@ -67,7 +67,7 @@ def run_and_kill(name, folder, epoch):
         if module.epoch == epoch and i == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    TrainingPlan.on_train_batch_end = kill
+    LightningObjective.on_train_batch_end = kill
     run(SETTINGS[name], folder)
 
 
@@ -81,7 +81,7 @@ def stopped(monkeypatch, tmp_path):
                 raise Stop
 
         with monkeypatch.context() as patch, pytest.raises(Stop):
-            patch.setattr(TrainingPlan, "on_train_batch_end", stop)
+            patch.setattr(LightningObjective, "on_train_batch_end", stop)
             run(settings, tmp_path)
         return tmp_path / "last.ckpt"
 
@@ -236,7 +236,7 @@ def stopped_query(tmp_path, monkeypatch):
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(TrainingPlan, "on_train_batch_end", stop)
+        patch.setattr(LightningObjective, "on_train_batch_end", stop)
         query().train(3, **QUERY, checkpoint_dir=tmp_path)
     return reference, query
 

@@ -175,7 +175,7 @@ class Hinted:
         self.hint = callbacks.TimeHint(n_genes, later, clock=lambda: self.now)
 
     def phase(self, name, lengths, max_epochs=150, first=0, whole=True):
-        module, said = SimpleNamespace(phase=name), []
+        module, said = SimpleNamespace(phase=SimpleNamespace(name=name)), []
         trainer = SimpleNamespace(max_epochs=max_epochs, is_last_batch=whole)
         self.hint.on_train_start(trainer, module)
         for trainer.current_epoch, seconds in enumerate(lengths, start=first):

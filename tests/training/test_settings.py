@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_scanvi import InputError
-from pyro_scanvi.training.plan import Plan
+from pyro_scanvi.training.settings import Plan
 from tests.examples import simulated, small_model
 
 QUIET = {"batch_size": 32, "progress_bar": False}

@@ -14,10 +14,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from pyro_scanvi import InputError, SemiSupervisedELBO
-from pyro_scanvi.training.course import default_max_epochs
-from pyro_scanvi.training.module import TrainingPlan
-from pyro_scanvi.training.plan import Plan
+from pyro_scanvi.training.module import LightningObjective
 from pyro_scanvi.training.scores import EpochScores
+from pyro_scanvi.training.settings import Plan, default_max_epochs
 from tests.examples import as_they_are, random_cells, simulated, small_model, small_vae
 
 
@@ -415,8 +414,8 @@ def test_progress_bar(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_plan_owns_the_parameters_of_the_model_once():
+def test_it_owns_the_parameters_of_the_model_once():
     vae = small_vae()
-    plan = TrainingPlan(vae, Plan())
-    assert len(list(plan.parameters())) == len(list(vae.parameters()))
-    assert isinstance(plan.vae, nn.Module)
+    module = LightningObjective(vae, Plan())
+    assert len(list(module.parameters())) == len(list(vae.parameters()))
+    assert isinstance(module.vae, nn.Module)

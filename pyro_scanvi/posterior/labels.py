@@ -1,0 +1,133 @@
+"""Which label has a cell? The classifier's answer, or that of Bayes' rule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from pyro_scanvi.data.minibatches import UNLABELED, CellData, Cells
+from pyro_scanvi.model.scanvae import SCANVAE
+from pyro_scanvi.posterior.draws import minibatch_size, over_minibatches, seeded
+from pyro_scanvi.posterior.importance import label_posterior
+from pyro_scanvi.posterior.trained import Trained
+from pyro_scanvi.validation import check_at_least, look_up, plain_arguments
+
+
+class Labels(Trained):
+    """The question of the label of a cell."""
+
+    @plain_arguments
+    def predict(
+        self,
+        adata: ad.AnnData | None = None,
+        indices: Sequence[int] | None = None,
+        soft: bool = False,
+        batch_size: int | None = None,
+        use_posterior_mean: bool = True,
+        method: str = "classifier",
+        keep_observed: bool = False,
+        n_mc_samples: int = 100,
+        seed: int | None = None,
+    ) -> np.ndarray | pd.DataFrame:
+        """Label of each cell, by the classifier or by Bayes' rule.
+
+        Parameters
+        ----------
+        adata
+            Cells with the genes of the training data; None is the training data.
+        indices
+            Positions of the cells; None is all.
+        soft
+            Return probabilities, a DataFrame of cells by classes.
+        batch_size
+            Cells in a minibatch at most; changes speed and memory, and which numbers are drawn.
+        use_posterior_mean
+            Classify the mean of q(z | x), not a sample.
+        method
+            "classifier" is q(y | z). "bayes" is p(y | x), the posterior of the model itself, by
+            importance sampling (:mod:`pyro_scanvi.posterior.importance`); it never asks the
+            classifier.
+        keep_observed
+            Cells whose label is known keep it, with probability 1.
+        n_mc_samples
+            Draws of z for each cell; read by "bayes".
+        seed
+            Of what is drawn; None draws on from torch's generator.
+
+        Returns
+        -------
+        ndarray or DataFrame
+            Labels, (N,); with `soft` probabilities, (N, L).
+
+        Raises
+        ------
+        InputError
+            If the AnnData is not what the model was set up with.
+        ValueError
+            For an unknown method, a number of draws below 1, or a negative seed.
+        """
+        check_at_least(1, n_mc_samples=n_mc_samples)
+        methods: dict[str, Method] = {
+            "classifier": ByClassifier(use_posterior_mean),
+            "bayes": ByBayesRule(n_mc_samples),
+        }
+        ask = look_up(methods, method, "method")
+        covariates = ask.reads_covariates(self.module)
+        data, names = self.encoded(adata, indices, labels=keep_observed, covariates=covariates)
+        with seeded(seed):
+            probabilities = ask(self.module, data, minibatch_size(batch_size))
+        if keep_observed:
+            probabilities = with_known_labels(probabilities, data.label)
+        if soft:
+            return pd.DataFrame(probabilities, index=names, columns=self.fields.classes)
+        return self.fields.classes[probabilities.argmax(1)]
+
+
+class Method(Protocol):
+    """A way to find labels, and what it reads of the cells."""
+
+    def reads_covariates(self, vae: SCANVAE) -> bool:
+        """Whether it reads batch, covariates and size factors."""
+
+    def __call__(self, vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
+        """Probability of each label, (N, L)."""
+
+
+@dataclass(frozen=True)
+class ByClassifier:
+    """q(y | z) at the mean of q(z | x), or at a sample of it."""
+
+    use_posterior_mean: bool
+
+    def reads_covariates(self, vae: SCANVAE) -> bool:
+        return vae.encode_covariates
+
+    def __call__(self, vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
+        def probabilities(cells: Cells) -> Tensor:
+            q_z = vae.q_z(cells)
+            return vae.q_y(q_z.mean if self.use_posterior_mean else q_z.sample()).probs
+
+        return over_minibatches(vae, data, batch_size, probabilities)
+
+
+@dataclass(frozen=True)
+class ByBayesRule:
+    """p(y | x) from the factors of the model, at some draws of z for each cell."""
+
+    n_mc_samples: int
+
+    def reads_covariates(self, vae: SCANVAE) -> bool:
+        return True
+
+    def __call__(self, vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
+        return label_posterior(vae, data, batch_size, self.n_mc_samples)
+
+
+def with_known_labels(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """The same probabilities, (N, L), but certainty of the label where it is known."""
+    certain = np.eye(probabilities.shape[1], dtype=probabilities.dtype)[label]
+    return np.where((label != UNLABELED)[:, None], certain, probabilities)

@@ -1,0 +1,41 @@
+"""What the questions read of a model, whatever their theme."""
+
+from collections.abc import Sequence
+
+import anndata as ad
+import pandas as pd
+
+from pyro_scanvi.data.fields import Fields
+from pyro_scanvi.data.minibatches import CellData
+from pyro_scanvi.model.scanvae import SCANVAE
+
+
+class Trained:
+    """A SCANVI as its questions see it; each theme is a subclass, which SCANVI inherits.
+
+    Attributes
+    ----------
+    module
+        The networks, which know tensors only.
+    fields
+        Names of genes, labels and batches.
+    adata
+        The training data.
+    """
+
+    module: SCANVAE
+    fields: Fields
+    adata: ad.AnnData
+
+    def encoded(
+        self,
+        adata: ad.AnnData | None,
+        indices: Sequence[int] | None,
+        labels: bool = True,
+        covariates: bool = True,
+    ) -> tuple[CellData, pd.Index]:
+        """What a question reads of some cells, and their names; None is the training data, all.
+
+        `labels` and `covariates` (with batch and size factors) say whether it reads those.
+        """
+        raise NotImplementedError
