@@ -4,17 +4,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint format notebooks clean
+# Two processes; the tests of a file stay in one, which shares what they train.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+.PHONY: demo test coverage lint format notebooks clean
 
 demo: $(READY)
 	$(BIN)/pyro-scanvi demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(TESTS)
+
+coverage: $(READY)
+	$(TESTS) --cov=pyro_scanvi --cov-branch --cov-report= tests/model tests/storage
+	$(BIN)/coverage report --include='*/model/distributions.py' --fail-under=100
+	$(BIN)/coverage report --include='*/model/scanvae.py' --fail-under=100
+	$(BIN)/coverage report --include='*/model/objective.py' --fail-under=100
+	$(BIN)/coverage report --include='*/storage/*' --fail-under=97
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -30,4 +41,4 @@ $(READY): setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info
+	rm -rf $(VENV) demo_output build .coverage .mypy_cache *.egg-info
