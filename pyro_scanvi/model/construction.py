@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_scanvi import validation
+from pyro_scanvi.model import arguments
 from pyro_scanvi.model.likelihoods import GENE_LIKELIHOODS, GeneLikelihood
 from pyro_scanvi.model.networks import (
     Classifier,
@@ -137,7 +138,7 @@ def label_classifier(
 ) -> Classifier | GroupedClassifier:
     """From z to one logit a label; with groups of labels their probabilities are multiplied."""
     settings = {"n_layers": 0} if linear else {}
-    settings |= validation.checked_classifier_parameters(changes)
+    settings |= arguments.checked_classifier_parameters(changes)
     labels = Classifier(layers.encoder(n_latent, **settings), n_labels)
     if groups is None:
         return labels
@@ -163,10 +164,10 @@ def library_priors(
     given = {"library_log_means": means, "library_log_vars": variances}
     if not latent:
         needs = "a latent library; set use_observed_lib_size=False with it"
-        validation.check_absent(given, needs)
+        arguments.check_absent(given, needs)
         return {}
     return {
-        name: validation.checked_library_prior(values, n_batch, name, name == "library_log_vars")
+        name: arguments.checked_library_prior(values, n_batch, name, name == "library_log_vars")
         for name, values in given.items()
     }
 

@@ -27,6 +27,7 @@ from torch.nn.functional import one_hot
 
 from pyro_scanvi import validation
 from pyro_scanvi.data.minibatches import Cells
+from pyro_scanvi.model import arguments
 from pyro_scanvi.model.construction import (
     DataSizes,
     Layers,
@@ -207,11 +208,11 @@ class SCANVAE(PiecewiseInterface):
         self._set_library(
             use_observed_lib_size, use_size_factor_key, library_log_means, library_log_vars
         )
-        self.register_buffer("y_prior", validation.checked_label_prior(y_prior, n_labels))
+        self.register_buffer("y_prior", arguments.checked_label_prior(y_prior, n_labels))
         self.state = latent_transform(latent_distribution)
         self.covariates = covariate_encoder(sizes, batch_representation, batch_embedding_kwargs)
         self._build_encoders(layers, var_activation or torch.exp, extra_encoder_kwargs)
-        groups = validation.checked_label_groups(labels_groups, use_labels_groups, n_labels)
+        groups = arguments.checked_label_groups(labels_groups, use_labels_groups, n_labels)
         self.classifier = label_classifier(
             layers, n_latent, n_labels, classifier_parameters, linear_classifier, groups
         )
@@ -228,7 +229,7 @@ class SCANVAE(PiecewiseInterface):
     def _build_encoders(
         self, layers: Layers, var_activation: Callable, extra: Mapping[str, Any] | None
     ) -> None:
-        given = validation.checked_layer_arguments(extra, "extra_encoder_kwargs")
+        given = arguments.checked_layer_arguments(extra, "extra_encoder_kwargs")
         settings = {"deep": self.deep} | given
         n_in = self.n_input
         if self.encode_covariates:
@@ -257,7 +258,7 @@ class SCANVAE(PiecewiseInterface):
             self.n_latent + self.covariates.n_dense,
             n_covariates=self.covariates.n_one_hot,
             deep=self.deep,
-            **validation.checked_layer_arguments(extra, "extra_decoder_kwargs"),
+            **arguments.checked_layer_arguments(extra, "extra_decoder_kwargs"),
         )
         activation = nn.Softplus() if self.use_size_factor_key else nn.Softmax(-1)
         self.x_decoder = CountDecoder(hidden, self.n_input, activation, self.likelihood.uses_gate)

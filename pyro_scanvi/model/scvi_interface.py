@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from pyro_scanvi import validation
 from pyro_scanvi.data.minibatches import UNLABELED, Cells
+from pyro_scanvi.model import fitting
 from pyro_scanvi.model.objective import SemiSupervisedELBO
 from pyro_scanvi.scvi_tools.arguments import scanvae_arguments
 from pyro_scanvi.scvi_tools.weights import our_state, scvi_state
@@ -215,11 +216,11 @@ class PiecewiseInterface(nn.Module):
             For wrong sizes, codes out of range, covariates other than announced, a size factor or
             labels that are needed and not given.
         """
-        validation.check_latents(z, library, self.n_latent)
+        fitting.check_latents(z, library, self.n_latent)
         cells = self._decoder_cells(z, batch_index, y, cont_covs, cat_covs, size_factor)
         if transform_batch is not None:
             cells = replace(cells, batch=torch.full_like(cells.batch, transform_batch))
-            validation.check_codes("transform_batch", cells.batch, len(cells), self.n_batch)
+            fitting.check_codes("transform_batch", cells.batch, len(cells), self.n_batch)
         size = library.exp() if cells.size_factor is None else cells.size_factor
         px = self.p_x(z, size, self.one_hot_labels(cells), cells)
         pl = _of_log(_dimensionwise(self.p_l(cells))) if self.latent_library else None
@@ -394,14 +395,14 @@ class PiecewiseInterface(nn.Module):
         dtype = self.y_prior.dtype
         cells = Cells.from_counts(
             x.to(dtype),
-            None if batch_index is None else validation.flat("batch_index", batch_index),
-            None if y is None else validation.known_labels("labels", y, self.n_labels),
+            None if batch_index is None else fitting.flat("batch_index", batch_index),
+            None if y is None else fitting.known_labels("labels", y, self.n_labels),
             continuous=None if cont_covs is None else cont_covs.to(dtype),
-            categorical=None if cat_covs is None else validation.whole("cat_covs", cat_covs),
+            categorical=None if cat_covs is None else fitting.whole("cat_covs", cat_covs),
             size_factor=None if size_factor is None else size_factor.to(dtype),
         )
         given = batch_index is not None
-        validation.check_cells(self, cells, given, covariates, size_factors)
+        fitting.check_cells(self, cells, given, covariates, size_factors)
         return cells
 
     def cells_from_tensors(self, tensors: Mapping[str, Tensor]) -> Cells:
@@ -475,8 +476,8 @@ class PiecewiseInterface(nn.Module):
             raise InputError(
                 f"inference_outputs lack {' and '.join(missing)}; see SCANVAE.inference"
             )
-        validation.check_shape("z", outputs["z"], (len(cells), self.n_latent))
-        validation.check_shape("library", outputs["library"], (len(cells), 1))
+        fitting.check_shape("z", outputs["z"], (len(cells), self.n_latent))
+        fitting.check_shape("library", outputs["library"], (len(cells), 1))
         sites = {"z": (outputs["z"], _joint(outputs.get("qz")))}
         if self.latent_library:
             sites["l"] = (outputs["library"].exp(), _joint(_of_exp(outputs.get("ql"))))
