@@ -1,7 +1,8 @@
-"""A saved model out of its folder, for whoever opens it: with cells of its own or for a query."""
+"""A saved model, into its folder and out of it: with cells of its own, or for a query."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pyro_scanvi.validation import InputError
 
 @dataclass(frozen=True)
 class Saved:
-    """What ``SCANVI.save`` wrote, by this version or one before.
+    """What ``SCANVI.save`` writes and wrote, by this version or one before.
 
     Attributes
     ----------
@@ -68,6 +69,21 @@ class Saved:
             training_settings=record["training_settings"],
             cells=cells,
         )
+
+    def write(self, directory: Path) -> None:
+        """Into a folder, whole or not at all; InputError for what JSON cannot hold."""
+        record = {
+            "version": version("pyro-scanvi"),
+            "seed": self.seed,
+            "module_class": self.module_class,
+            "arguments": models.plain(self.arguments, "the model's argument"),
+            "fields": models.plain(asdict(self.fields), "a field"),
+            "history": self.history.to_dict(orient="list"),
+            "training_settings": self.training_settings,
+            "is_trained": self.is_trained,
+            "freeze": None if self.freeze is None else asdict(self.freeze),
+        }
+        models.write_model(directory, self.state, record, self.cells)
 
     def check_class(self, module_class: type[SCANVAE]) -> None:
         """Refuse to put weights into another class than they were saved from."""

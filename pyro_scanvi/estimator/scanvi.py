@@ -797,19 +797,19 @@ class SCANVI(
         """
         directory = user_path(directory)
         models.check_target(directory, overwrite)
-        record = {
-            "version": version("pyro-scanvi"),
-            "seed": self.seed,
-            "module_class": type(self.module).__qualname__,
-            "arguments": models.plain(self.vae_arguments, "the model's argument"),
-            "fields": models.plain(asdict(self.fields), "a field"),
-            "history": self.history.to_dict(orient="list"),
-            "training_settings": self.training_settings,
-            "is_trained": self.is_trained,
-            "freeze": None if self.freeze is None else asdict(self.freeze),
-        }
-        adata = self._training_anndata() if save_anndata else None
-        models.write_model(directory, self.module.state_dict(), record, adata)
+        saved = Saved(
+            state=self.module.state_dict(),
+            fields=self.fields,
+            arguments=self.vae_arguments,
+            seed=self.seed,
+            is_trained=self.is_trained,
+            freeze=self.freeze,
+            history=self.history,
+            training_settings=self.training_settings,
+            module_class=type(self.module).__qualname__,
+            cells=self._training_anndata() if save_anndata else None,
+        )
+        saved.write(directory)
 
     @classmethod
     def load(

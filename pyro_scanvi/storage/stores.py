@@ -139,7 +139,8 @@ class Zarr:
         """The version of the format, that of the source; zarr compresses as it does by default."""
         if compression is not Compression.KEEP:
             raise InputError(
-                f"--compression {compression.value} is for .h5ad; zarr compresses in its own way"
+                f"compression={compression.value!r} is for .h5ad; zarr compresses in its own way",
+                {"compression": Compression.KEEP.value},
             )
         if not source.is_dir():
             return DEFAULT_LAYOUT
@@ -209,7 +210,8 @@ def check_output(path: Path, overwrite: bool, source: Path | None = None) -> Non
     if there:
         written.check_replaceable(path)
     if there and not overwrite:
-        raise InputError(f"the output {path} exists; add --overwrite to replace it")
+        message = f"the output {path} exists; overwrite=True replaces it"
+        raise InputError(message, {"overwrite": True})
     check_folder(path.parent)
 
 

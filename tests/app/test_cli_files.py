@@ -216,8 +216,8 @@ def test_demo_at_home(folder, monkeypatch, no_training):  # noqa: F811
 
 
 REFUSED = {  # IN, OUT, further options, message
-    "a file exists": ("in.zarr", "in.h5ad", [], "in.h5ad exists; add --overwrite"),
-    "a store exists": ("in.h5ad", "in.zarr", [], "in.zarr exists; add --overwrite"),
+    "a file exists": ("in.zarr", "in.h5ad", [], "replaces it .on the command line: --overwrite"),
+    "a store exists": ("in.h5ad", "in.zarr", [], "in.zarr exists; overwrite=True replaces it"),
     "the input": ("in.zarr", "in.zarr", ["--overwrite"], "is the input"),
     "in the input": ("in.zarr", "in.zarr/out.h5ad", [], "lies in the input in.zarr"),
     "around the input": ("in.zarr", ".", ["--overwrite"], "the input in.zarr lies in"),
@@ -227,7 +227,12 @@ REFUSED = {  # IN, OUT, further options, message
     "report in the input": ("in.zarr", "out.zarr", ["--report", "in.zarr"], "lies in in.zarr"),
     "report in OUT": ("in.h5ad", "out.zarr", ["--report=out.zarr/pictures"], "lies in out.zarr"),
     "report is OUT": ("in.h5ad", "out.h5ad", ["--report", "out.h5ad"], "lies in out.h5ad"),
-    "zarr, gzip": ("in.h5ad", "out.zarr", ["--compression", "gzip"], "gzip is for .h5ad; zarr"),
+    "zarr, gzip": (
+        "in.h5ad",
+        "out.zarr",
+        ["--compression", "gzip"],
+        "its own way .on the command line: --compression keep",
+    ),
     "missing": ("none.zarr", "out.zarr", [], "there is no file none.zarr"),
     "no such store": ("other.zarr", "out.zarr", [], "is no .zarr store: there is neither"),
     "no columns": ("in.zarr/X", "out.zarr", [], "damaged or holds no AnnData"),

@@ -214,7 +214,7 @@ def test_the_version_of_a_store_is_kept(tmp_path, version):
 def test_zarr_compresses_in_its_own_way(tmp_path):
     path, source = tmp_path / "out.zarr", tmp_path / "in.h5ad"
     assert layout_of(path, source, Compression.KEEP) == {}
-    with pytest.raises(InputError, match="--compression lzf is for .h5ad"):
+    with pytest.raises(InputError, match="compression=.lzf. is for .h5ad"):
         layout_of(path, source, Compression.LZF)
 
 
@@ -259,8 +259,8 @@ UNWRITABLE = {  # OUT, whether to overwrite, message; IN is in.h5ad
     "a file as a store": ("file.zarr", True, "is a file, and a .zarr store is a folder"),
     "an empty folder": ("empty.zarr", True, "a folder without an AnnData, which is not replaced"),
     "a store of something else": ("images.zarr", True, "a folder without an AnnData"),
-    "a file exists": ("old.h5ad", False, "exists; add --overwrite"),
-    "a store exists": ("old.zarr", False, "exists; add --overwrite"),
+    "a file exists": ("old.h5ad", False, "exists; overwrite=True replaces it"),
+    "a store exists": ("old.zarr", False, "exists; overwrite=True replaces it"),
     "no folder": ("none/out.h5ad", False, "there is no folder none; make it first: mkdir -p none"),
     "no folder for a store": ("none/out.zarr", False, "there is no folder none"),
     "below a file": ("old.h5ad/out.h5ad", False, "there is no folder old.h5ad; it is a file"),
