@@ -8,7 +8,7 @@ import pytest
 import scanpy as sc
 
 from pyro_scanvi import datasets
-from pyro_scanvi.data.checks import check_names
+from pyro_scanvi.data.columns import check_names
 from pyro_scanvi.data.counts import CountsPlace
 from pyro_scanvi.datasets import hide_labels, pbmc68k_counts
 

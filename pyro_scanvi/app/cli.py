@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pyro_scanvi import datasets
 from pyro_scanvi.app.report import score_table, write_report
-from pyro_scanvi.data.checks import check_names
+from pyro_scanvi.data.columns import check_names
 from pyro_scanvi.data.counts import empty_cells
 from pyro_scanvi.estimator.scanvi import DEFAULTS, FEW_LABELS_PLAN, SCANVI
 from pyro_scanvi.storage.files import (

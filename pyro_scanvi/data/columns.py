@@ -1,4 +1,7 @@
-"""Columns of obs: keys, categories and their codes, numbers; each checked, none remembered."""
+"""Names of cells and genes, and columns of obs: keys, categories and their codes, numbers.
+
+Each is checked, none remembered.
+"""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -17,6 +20,32 @@ MEND_UNSEEN = {  # by what is unseen
     "batches": "SCANVI.load_query_data(adata, reference, extend_categories=True) makes new ones",
     "categories": "SCANVI.load_query_data(adata, reference, extend_categories=True) makes new ones",
 }
+
+
+def check_names(adata: ad.AnnData) -> None:
+    """Refuse what is no AnnData, has no cells or genes, or names cells not or twice."""
+    if not isinstance(adata, ad.AnnData):
+        raise InputError(f"got a {type(adata).__name__}, expected an AnnData")
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise InputError(f"the AnnData has {adata.n_obs} cells and {adata.n_vars} genes")
+    _check_unique(adata.obs_names, "cells", "adata.obs_names_make_unique()")
+
+
+def check_gene_names(names: pd.Index) -> None:
+    """Refuse genes without a name, or of the same name."""
+    _check_unique(names, "genes", "adata.var_names_make_unique()")
+
+
+def _check_unique(names: pd.Index, what: str, mend: str) -> None:
+    nameless = np.flatnonzero(names.isna() | names.astype(str).isin(["", "nan"]))
+    if len(nameless):
+        raise InputError(
+            f"{len(nameless)} {what} have no name, at the positions{first(nameless)}; name them, "
+            "or leave them out"
+        )
+    if not names.is_unique:
+        twice = names[names.duplicated()].unique()
+        raise InputError(f"{len(twice)} names of {what} occur twice{first(twice)}; {mend}")
 
 
 def one_key(name: str, key: Any) -> str:

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 
 from pyro_scanvi.data import counts, notes
-from pyro_scanvi.data.checks import check_gene_names, check_names
 from pyro_scanvi.data.columns import (
     MISSING,
     UNSEEN,
     categories,
+    check_gene_names,
     check_keys,
+    check_names,
     codes_of,
     column_of,
     known_codes,

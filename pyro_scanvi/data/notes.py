@@ -11,7 +11,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 
-from pyro_scanvi.data.checks import check_names
+from pyro_scanvi.data.columns import check_names
 from pyro_scanvi.validation import InputError
 
 UNS_KEY = "pyro_scanvi"

@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix, issparse
 
-from pyro_scanvi.data.checks import check_gene_names, check_names
-from pyro_scanvi.data.columns import categories, check_keys
+from pyro_scanvi.data.columns import categories, check_gene_names, check_keys, check_names
 from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.model.growth import grown_label_prior
 from pyro_scanvi.model.scanvae import SCANVAE
