@@ -125,7 +125,7 @@ def _losses(vae: SCANVAE, reference: Reference, inference: dict) -> dict[str, Te
 def _u(vae: SCANVAE, reference: Reference, z: Tensor) -> Trace:
     """A trace that holds u for every label, (L, N, K)."""
     labels = torch.eye(vae.n_labels).unsqueeze(1).expand(-1, len(z), -1)  # L, N, L
-    q_u = vae.q_u(z, labels)
+    q_u = vae.q_u(z, labels, vae.cells_from_tensors(reference.tensors))
     noise = reference.noise[-1].reshape(vae.n_labels, *z.shape)
     value = q_u.mean + q_u.stddev * noise
     trace = Trace()

@@ -1,8 +1,8 @@
 """The minibatch type, the data set in memory, and the way from one to the other."""
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,6 +43,8 @@ class Cells:
         there twice.
     classified
         Whether each labelled cell counts in the classification term, (N,); None is all of them.
+    shared
+        Draws of the sites outside the plate, by name; model and guide put them there.
     """
 
     x: Tensor
@@ -55,6 +57,7 @@ class Cells:
     size_factor: Tensor | None = None
     weight: Tensor | None = None
     classified: Tensor | None = None
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_counts(cls, x: Tensor, batch=None, label=None, **covariates) -> "Cells":
@@ -84,11 +87,12 @@ class Cells:
 
     def to(self, *args, **kwargs) -> "Cells":
         """Move every tensor to a device; arguments of :meth:`torch.Tensor.to`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
-            k: v.to(*args, **kwargs) for k, v in values.items() if isinstance(v, Tensor)
+            k: v.to(*args, **kwargs) for k, v in tensors.items() if isinstance(v, Tensor)
         }
-        return replace(self, **moved)
+        shared = {k: v.to(*args, **kwargs) for k, v in self.shared.items()}
+        return replace(self, **moved, shared=shared)
 
     def __len__(self) -> int:
         return len(self.x)

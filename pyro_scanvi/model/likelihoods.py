@@ -6,10 +6,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import Distribution, Gamma, Independent
 
 from pyro_scanvi.model.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pyro_scanvi.model.growth import ByBatch, ByCovariates, ByLabel, Growth
@@ -60,6 +62,10 @@ class CountParameters:
         return self._decoder.gate(self._hidden)
 
 
+def _mean(p: Distribution) -> dict[str, Tensor]:
+    return {"mean": p.mean}
+
+
 @dataclass(frozen=True)
 class GeneLikelihood:
     """A likelihood of counts, and which parameters it reads beside the mean.
@@ -70,11 +76,29 @@ class GeneLikelihood:
         From :class:`CountParameters` to a Distribution of batch shape (..., N, G).
     uses_theta, uses_gate
         Whether the model owns a dispersion, and a gate, for it.
+    parameters
+        From that Distribution to what is told of it by name, (..., N, G) each; its mean.
+    denoised
+        A draw of expression without the noise of counting, (..., N, G), for correlations of genes;
+        where there is no such thing a draw of the counts themselves.
     """
 
     distribution: Callable[[CountParameters], TorchDistribution]
     uses_theta: bool = True
     uses_gate: bool = True
+    parameters: Callable[[Distribution], dict[str, Tensor]] = _mean
+    denoised: Callable[[CountParameters], Tensor] | None = None
+
+    def expression_draw(self, p: CountParameters) -> Tensor:
+        """A draw of what genes are correlated over, (..., N, G)."""
+        return self.distribution(p).sample() if self.denoised is None else self.denoised(p)
+
+
+def elementwise(distribution: Distribution) -> Distribution:
+    """The distribution of each gene, where they are independent."""
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return distribution
 
 
 # Functions, not lambdas: a model can be pickled.
@@ -90,10 +114,29 @@ def _poisson(p: CountParameters) -> TorchDistribution:
     return Poisson(p.mu)
 
 
+def _nb_parameters(p: Any) -> dict[str, Tensor]:
+    return {"mean": p.mu, "dispersions": p.theta}
+
+
+def _zinb_parameters(p: Any) -> dict[str, Tensor]:
+    """The mean is that of the negative binomial, before any structural zeros."""
+    return _nb_parameters(p) | {"dropout": p.gate_logits.sigmoid()}
+
+
+def _gamma(p: CountParameters) -> Tensor:
+    """The negative binomial without its Poisson noise: Gamma of mean mu and shape theta."""
+    theta = p.theta.expand_as(p.mu)
+    return p.mu * Gamma(theta, theta).sample()
+
+
+def _mu(p: CountParameters) -> Tensor:
+    return p.mu
+
+
 GENE_LIKELIHOODS = {
-    "zinb": GeneLikelihood(_zinb),
-    "nb": GeneLikelihood(_nb, uses_gate=False),
-    "poisson": GeneLikelihood(_poisson, uses_theta=False, uses_gate=False),
+    "zinb": GeneLikelihood(_zinb, parameters=_zinb_parameters, denoised=_gamma),
+    "nb": GeneLikelihood(_nb, uses_gate=False, parameters=_nb_parameters, denoised=_gamma),
+    "poisson": GeneLikelihood(_poisson, uses_theta=False, uses_gate=False, denoised=_mu),
 }
 
 

@@ -11,13 +11,16 @@ For a minibatch of cells, the loss is
 in nats per cell, with the expectation over an unknown label exact, w the KL weight, r the
 classification ratio, and the cross-entropy averaged over the labelled cells of the minibatch.
 Where cells have weights, each cell's term counts as often as its weight says, in both averages.
+Further observed sites add their -log p. Sites that all cells share, outside the plate, add
+:math:`w\,\mathrm{KL} / N`, in closed form where one is known.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
-from pyro.distributions import OneHotCategorical
+from pyro.distributions import OneHotCategorical, TorchDistribution
 from pyro.infer.elbo import ELBOModule
 from pyro.poutine import Trace
 from torch import Tensor
@@ -38,12 +41,14 @@ class ObjectiveParts:
     ----------
     loss
         What is minimised, a scalar per cell of the data set; the only part with a gradient.
-    reconstruction
-        -log p(x | z, l, y, s) of each cell.
+    reconstructions
+        For each observed site its expected -log p, such as -log p(x | z, l, y, s), of each cell.
     kl
         For each latent site its expected log q - log p, unweighted, of each cell.
-    kl_global
-        The same for sites outside the plate of cells, whole.
+    kl_shared
+        The same for each site outside the plate of cells, whole.
+    n_obs
+        Number of cells that share those.
     classification
         Cross-entropy of q(y | E z) at the label of each cell; 0 where there is no label.
     logits
@@ -51,15 +56,27 @@ class ObjectiveParts:
     """
 
     loss: Tensor
-    reconstruction: Tensor
+    reconstructions: dict[str, Tensor]
     kl: dict[str, Tensor]
-    kl_global: Tensor
+    kl_shared: dict[str, Tensor]
+    n_obs: int
     classification: Tensor
     logits: Tensor | None
 
+    @property
+    def reconstruction(self) -> Tensor:
+        """Of all observed sites, (N,)."""
+        return torch.stack(list(self.reconstructions.values())).sum(0)
+
+    @property
+    def kl_global(self) -> Tensor:
+        """KL of all sites outside the plate, whole, a scalar."""
+        return sum(self.kl_shared.values(), self.loss.new_zeros(()))
+
     def elbo(self) -> Tensor:
-        """Evidence lower bound of each cell at KL weight 1, without global sites, (N,)."""
-        return -self.reconstruction - sum(self.kl.values())
+        """Evidence lower bound of each cell at KL weight 1, (N,); of shared sites its share."""
+        elbo = -self.reconstruction - sum(self.kl.values())
+        return elbo - self.kl_global / self.n_obs if self.kl_shared else elbo
 
 
 class BoundModule(ELBOModule):
@@ -84,8 +101,8 @@ class SemiSupervisedELBO(RevisedELBO):
     Parameters
     ----------
     classifier
-        From z to the distribution of the label, :meth:`SCANVAE.q_y`; None leaves the
-        classification term out.
+        From z and the cells to the distribution of the label, :meth:`SCANVAE.q_y`; None leaves
+        the classification term out.
     classification_ratio
         Weight r of the cross-entropy against one cell's ELBO.
     feed_labels
@@ -94,10 +111,12 @@ class SemiSupervisedELBO(RevisedELBO):
     kl_weight
         Weight w of the KLs of `weighted`; may be changed between steps.
     closed_form
-        Sites whose KL is taken in closed form where one is known. Only for sites whose prior
-        depends on nothing that their posterior sample feeds.
+        Sites whose KL is taken in closed form where one is known, beside those outside the plate.
+        Only for sites whose prior depends on nothing that their posterior sample feeds.
     weighted
-        Sites whose KL is weighted by w.
+        Sites whose KL is weighted by w, beside those outside the plate.
+    point
+        From q(z | x) to the z that is classified: its mean, or :meth:`SCANVAE.latent_point`.
 
     Examples
     --------
@@ -115,12 +134,13 @@ class SemiSupervisedELBO(RevisedELBO):
 
     def __init__(
         self,
-        classifier: Callable[[Tensor], OneHotCategorical] | None,
+        classifier: Callable[[Tensor, Cells], OneHotCategorical] | None,
         classification_ratio: float = 50.0,
         feed_labels: bool = True,
         kl_weight: float = 1.0,
         closed_form: Iterable[str] = ("u", "l"),
         weighted: Iterable[str] = ("u", "y_unobserved", "y_observed", "l"),
+        point: Callable[[TorchDistribution], Tensor] = attrgetter("mean"),
     ):
         super().__init__(max_plate_nesting=1)
         self.classifier = classifier
@@ -129,6 +149,7 @@ class SemiSupervisedELBO(RevisedELBO):
         self.kl_weight = kl_weight
         self.closed_form = frozenset(closed_form)
         self.weighted = frozenset(weighted)
+        self.point = point
 
     def __call__(self, model: Callable, guide: Callable) -> BoundModule:
         """Bind to a model and a guide, for use under a torch optimiser."""
@@ -145,16 +166,16 @@ class SemiSupervisedELBO(RevisedELBO):
         loss = self.classification_ratio * classification - elbo
         with torch.no_grad():
             costs = _expected_costs(model_trace, guide_trace, len(cells))
-        kl_global = sum(costs.pop("global").values(), torch.zeros(()))
-        local = costs["local"]
-        reconstruction = local.pop("x")
-        return ObjectiveParts(loss, reconstruction, local, kl_global, wrong.detach(), logits)
+        return ObjectiveParts(loss, *costs, cells.n_obs, wrong.detach(), logits)
 
     def _classify(self, guide_trace: Trace, cells: Cells) -> tuple[Tensor | None, Tensor]:
         """Logits at the mean of q(z | x), and the cross-entropy of each cell, (N,)."""
         if self.classifier is None:
             return None, cells.x.new_zeros(len(cells))
-        logits = self.classifier(sites(guide_trace)["z"]["fn"].mean).logits
+        posterior = sites(guide_trace)
+        shared = {name: s["value"] for name, s in posterior.items() if _is_shared(s)}
+        z = self.point(posterior["z"]["fn"])
+        logits = self.classifier(z, replace(cells, shared=shared)).logits
         return logits, cross_entropy(logits, cells.label, ignore_index=UNLABELED, reduction="none")
 
     def differentiable_loss(self, model, guide, cells: Cells) -> Tensor:
@@ -174,10 +195,11 @@ class SemiSupervisedELBO(RevisedELBO):
     def revise(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Closed forms first, then the weight of the KLs."""
         p, q = sites(model_trace), sites(guide_trace)
-        for name in self.closed_form.intersection(q):
+        shared = {name for name, site in q.items() if _is_shared(site)}
+        for name in (self.closed_form | shared).intersection(q):
             _close(p[name], q[name])
         if self.kl_weight != 1:
-            for name in self.weighted.intersection(p):
+            for name in (self.weighted | shared).intersection(p):
                 _weigh(p[name], q.get(name), self.kl_weight)
 
 
@@ -204,24 +226,38 @@ def _weigh(p: Site, q: Site | None, weight: float) -> None:
     set_log_prob(p, weight * (p["unscaled_log_prob"] - log_q) + log_q)
 
 
-def _expected_costs(model_trace: Trace, guide_trace: Trace, n_cells: int) -> dict[str, dict]:
-    """For each site E_q[log q - log p] (for x, -log p), over all enumerated sites of the guide."""
-    weight = _enumeration_weight(guide_trace)
-    costs: dict[str, dict] = {"local": {}, "global": {}}
-    posterior = sites(guide_trace)
+def _expected_costs(
+    model_trace: Trace, guide_trace: Trace, n_cells: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """For each site E_q[log q - log p], over all enumerated sites of the guide.
+
+    Of observed sites -log p and of latent ones, of each cell; of those outside the plate, whole.
+    """
+    weight, posterior = _enumeration_weight(guide_trace), sites(guide_trace)
+    observed: dict[str, Tensor] = {}
+    latent: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = {}
     for name, site in sites(model_trace).items():
         if site["type"] != "sample":
             continue
         cost = -_masked(site)
         if name in posterior:
             cost = cost + _masked(posterior[name])
-        if all(plate.name != "cells" for plate in site["cond_indep_stack"]):
-            costs["global"][name] = cost.sum()
+        if _is_shared(site):
+            shared[name] = cost.sum()
             continue
         cell = (weight * cost).reshape(-1, n_cells).sum(0)
-        name = name.removesuffix("_unobserved").removesuffix("_observed")
-        costs["local"][name] = costs["local"].get(name, 0.0) + cell
-    return costs
+        variable = name.removesuffix("_unobserved").removesuffix("_observed")
+        is_data = site["is_observed"] and variable == name
+        place = observed if is_data else latent
+        place[variable] = place.get(variable, 0.0) + cell
+    return observed, latent, shared
+
+
+def _is_shared(site: Site) -> bool:
+    """Whether it is a sample outside the plate of cells."""
+    plates = [plate.name for plate in site.get("cond_indep_stack", ())]
+    return site["type"] == "sample" and "cells" not in plates
 
 
 def _enumeration_weight(guide_trace: Trace) -> Tensor:

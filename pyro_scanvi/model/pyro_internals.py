@@ -14,6 +14,7 @@ from pyro.ops import packed
 from pyro.poutine import Trace
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 Site = dict[str, Any]  # what Pyro's type of a site leaves out is read too
 
@@ -47,6 +48,11 @@ def sites(trace: Trace) -> dict[str, Site]:
     return cast(dict[str, Site], trace.nodes)
 
 
+def samples(trace: Trace) -> dict[str, Tensor]:
+    """The values that were sampled, by site; of plates their subsample."""
+    return {name: s["value"] for name, s in sites(trace).items() if s["type"] == "sample"}
+
+
 def set_log_prob(site: Site, log_prob: Tensor) -> None:
     """Put another log probability at a site, unscaled, as TraceEnum_ELBO will sum it."""
     if isinstance(site["mask"], Tensor):
@@ -59,13 +65,15 @@ def set_log_prob(site: Site, log_prob: Tensor) -> None:
 def announce(module: nn.Module, name: str) -> None:
     """Show Pyro a module's own parameters as `param` sites ``name.parameter``.
 
-    SVI collects and steps what it is shown; nothing goes into the global store.
+    SVI collects and steps what it is shown, and :func:`pyro.render_model` draws it; nothing goes
+    into the global store.
     """
     for own, parameter in module.named_parameters():
         if parameter.requires_grad:
             shown: Any = parameter.detach()
             shown.unconstrained = lambda parameter=parameter: parameter
-            effectful(lambda shown=shown: shown, type="param")(name=f"{name}.{own}")
+            show = effectful(lambda constraint, shown=shown: shown, type="param")
+            show(name=f"{name}.{own}", constraint=constraints.real)
 
 
 def _drop_joins(trace: Trace) -> None:

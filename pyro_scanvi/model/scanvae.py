@@ -16,6 +16,7 @@ Batch is s, further covariates are c. Xu et al. (2021), Mol Syst Biol 17:e9620; 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -58,6 +59,8 @@ from pyro_scanvi.model.likelihoods import (
 from pyro_scanvi.model.networks import CountDecoder, NormalNetwork
 from pyro_scanvi.model.pyro_internals import announce
 from pyro_scanvi.model.scvi_interface import PiecewiseInterface
+
+N_DRAWS_OF_A_POINT = 100
 
 
 class SCANVAE(PiecewiseInterface):
@@ -147,10 +150,10 @@ class SCANVAE(PiecewiseInterface):
 
     >>> from pyro.distributions import StudentT
     >>> class HeavyTailed(SCANVAE):
-    ...     def p_u(self):
+    ...     def p_u(self, cells):
     ...         zero = self.y_prior.new_zeros(self.n_latent)
     ...         return StudentT(4.0, zero, zero + 1).to_event(1)
-    >>> HeavyTailed(n_input=5, n_labels=2, n_latent=2).p_u().base_dist.df
+    >>> HeavyTailed(n_input=5, n_labels=2, n_latent=2).p_u(cells).base_dist.df
     tensor([4., 4.])
     """
 
@@ -271,30 +274,39 @@ class SCANVAE(PiecewiseInterface):
     def model(self, cells: Cells) -> None:
         """The generative story of a minibatch, with the counts and the known labels observed."""
         announce(self, "scanvae")
+        cells = sample_shared(self.p_shared(), cells)
         with self.plate(cells):
-            u = pyro.sample("u", self.p_u())  # N | K
+            u = pyro.sample("u", self.p_u(cells))  # N | K
             y = pyro.sample(  # N | L
                 "y",
-                self.p_y(),
+                self.p_y(cells),
                 obs=self.one_hot_labels(cells),
                 obs_mask=cells.labelled,  # type: ignore[arg-type]  # comparisons are Tensors
             )
-            z = pyro.sample("z", self.p_z(u, y))  # N | K
+            z = pyro.sample("z", self.p_z(u, y, cells))  # N | K
             library = self.observed_library(cells)  # N, 1
             if library is None:
                 library = pyro.sample("l", self.p_l(cells))  # N | 1
-            pyro.sample("x", self.p_x(z, library, y, cells), obs=cells.x)  # N | G
+            for name, (p, value) in self.observed(z, library, y, cells).items():
+                pyro.sample(name, p, obs=value)  # N | G
 
-    def p_u(self) -> TorchDistribution:
+    def p_shared(self) -> dict[str, TorchDistribution]:
+        """p of what all cells share, by site; its draws come to all factors as ``cells.shared``.
+
+        None here. For each site there is one in :meth:`q_shared`.
+        """
+        return {}
+
+    def p_u(self, cells: Cells) -> TorchDistribution:
         """p(u) = N(0, I), the state of a cell within its type; batch () event (K,)."""
         zero = self.y_prior.new_zeros(self.n_latent)
         return Normal(zero, zero + 1).to_event(1)
 
-    def p_y(self) -> TorchDistribution:
+    def p_y(self, cells: Cells) -> TorchDistribution:
         """p(y) = Categorical(pi), the cell type as one-hot; batch () event (L,)."""
         return OneHotCategorical(self.y_prior)
 
-    def p_z(self, u: Tensor, y: Tensor) -> TorchDistribution:
+    def p_z(self, u: Tensor, y: Tensor, cells: Cells) -> TorchDistribution:
         """p(z | u, y) = N(mu_z(u, y), sigma_z^2(u, y)), cell state; batch (..., N) event (K,)."""
         return Normal(*self.z_decoder(u, y)).to_event(1)
 
@@ -302,6 +314,15 @@ class SCANVAE(PiecewiseInterface):
         """p(l | s) = LogNormal(m_s, v_s), a latent library size; batch (N,) event (1,)."""
         mean, variance = self.library_log_means[cells.batch], self.library_log_vars[cells.batch]
         return LogNormal(mean.unsqueeze(-1), variance.sqrt().unsqueeze(-1)).to_event(1)
+
+    def observed(
+        self, z: Tensor, library: Tensor, y: Tensor, cells: Cells
+    ) -> dict[str, tuple[TorchDistribution, Tensor]]:
+        """What is seen of a cell, by site: its distribution and its value, (N, ...).
+
+        The counts here; an entry more for each further modality.
+        """
+        return {"x": (self.p_x(z, library, y, cells), cells.x)}
 
     def p_x(self, z: Tensor, library: Tensor, y: Tensor, cells: Cells) -> TorchDistribution:
         """p(x | z, l, y, s, c), the counts of each gene; batch (..., N) event (G,)."""
@@ -325,43 +346,66 @@ class SCANVAE(PiecewiseInterface):
     def guide(self, cells: Cells) -> None:
         """The variational posterior of a minibatch; unknown labels are enumerated in parallel."""
         labelled = cells.labelled
+        cells = sample_shared(self.q_shared(), cells)
         with self.plate(cells):
             z = pyro.sample("z", self.q_z(cells))  # N | K
             # Without the mask, labelled cells would gain an entropy term.
             with poutine.mask(mask=~labelled):  # type: ignore[call-overload]
-                y = pyro.sample("y_unobserved", self.q_y(z), infer={"enumerate": "parallel"})
+                y = pyro.sample("y_unobserved", self.q_y(z, cells), infer={"enumerate": "parallel"})
             y = torch.where(labelled.unsqueeze(-1), self.one_hot_labels(cells), y)  # L, N, L
-            pyro.sample("u", self.q_u(z, y))  # L, N | K
+            pyro.sample("u", self.q_u(z, y, cells))  # L, N | K
             if self.latent_library:
                 pyro.sample("l", self.q_l(cells))  # N | 1
 
+    def q_shared(self) -> dict[str, TorchDistribution]:
+        """q of what all cells share, a distribution for each site of :meth:`p_shared`."""
+        return {}
+
     def q_z(self, cells: Cells) -> TorchDistribution:
         """q(z | x, s, c) = N(m(x), v(x) + 1e-4), the encoder; batch (N,) event (K,)."""
-        return Normal(*self.z_encoder(*self._encoder_input(cells))).to_event(1)
+        return Normal(*self.z_encoder(*self.encoder_input(cells))).to_event(1)
 
-    def q_y(self, z: Tensor) -> TorchDistribution:
+    def q_y(self, z: Tensor, cells: Cells) -> OneHotCategorical:
         """q(y | z) = Categorical(softmax f(z)), the classifier; batch (..., N) event (L,)."""
         return OneHotCategorical(logits=self.classifier(self.state(z)))
 
-    def label_logits(self, z: Tensor) -> Tensor:
+    def label_logits(self, z: Tensor, cells: Cells) -> Tensor:
         """Logits of q(y | z), (..., N, L), as the classifier gives them: not normalised."""
         if type(self).q_y is not SCANVAE.q_y:  # a factor of one's own is asked itself
-            return self.q_y(z).logits
+            return self.q_y(z, cells).logits
         return self.classifier(self.state(z))
 
-    def q_u(self, z: Tensor, y: Tensor) -> TorchDistribution:
+    def q_u(self, z: Tensor, y: Tensor, cells: Cells) -> TorchDistribution:
         """q(u | z, y) = N(m(z, y), v(z, y) + 1e-4); batch (..., N) event (K,)."""
         return Normal(*self.u_encoder(self.state(z), y)).to_event(1)
 
     def q_l(self, cells: Cells) -> TorchDistribution:
         """q(l | x, s, c) = LogNormal(m(x), v(x) + 1e-4); batch (N,) event (1,)."""
-        return LogNormal(*self.l_encoder(*self._encoder_input(cells))).to_event(1)
+        return LogNormal(*self.l_encoder(*self.encoder_input(cells))).to_event(1)
 
     # ---- what model and guide share ---------------------------------------------------------
 
+    def encoder_input(self, cells: Cells) -> tuple[Tensor, Tensor | None]:
+        """What the encoders of z and l see: features (N, n), and one-hot covariates (N, m)."""
+        x = cells.x.log1p() if self.log_variational else cells.x
+        if not self.encode_covariates:
+            return x, None
+        x = self.covariates.dense(x, cells.batch, cells.continuous)
+        return x, self.covariates.one_hot(cells.batch, cells.categorical)
+
+    def latent_point(self, q_z: TorchDistribution) -> Tensor:
+        """The point of q(z | x) at which cells are classified and shown, (N, K).
+
+        Its mean; the mean of 100 draws where it has none, as a flow.
+        """
+        try:
+            return q_z.mean
+        except NotImplementedError:
+            return q_z.rsample(torch.Size([N_DRAWS_OF_A_POINT])).mean(0)
+
     def observed_library(self, cells: Cells) -> Tensor | None:
-        """The given size factor or the total count of each cell, (N, 1); None if it is latent."""
-        if self.use_size_factor_key:
+        """The given size or the total count of each cell, (N, 1); None if it is latent."""
+        if cells.size_factor is not None:
             return cells.size_factor
         return None if self.latent_library else cells.x.sum(-1, keepdim=True)
 
@@ -383,13 +427,6 @@ class SCANVAE(PiecewiseInterface):
             poutine.scale(scale=weight),
         ):
             yield
-
-    def _encoder_input(self, cells: Cells) -> tuple[Tensor, Tensor | None]:
-        x = cells.x.log1p() if self.log_variational else cells.x
-        if not self.encode_covariates:
-            return x, None
-        x = self.covariates.dense(x, cells.batch, cells.continuous)
-        return x, self.covariates.one_hot(cells.batch, cells.categorical)
 
     # ---- how it grows -----------------------------------------------------------------------
 
@@ -414,3 +451,10 @@ class SCANVAE(PiecewiseInterface):
             "library_log_vars": ByBatch(dim=0, start=from_the_data),
             **told(self),
         }
+
+
+def sample_shared(shared: Mapping[str, TorchDistribution], cells: Cells) -> Cells:
+    """The cells with draws of what all of them share."""
+    if not shared:
+        return cells
+    return replace(cells, shared={name: pyro.sample(name, p) for name, p in shared.items()})

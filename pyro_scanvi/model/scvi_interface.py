@@ -91,7 +91,7 @@ class PiecewiseInterface(nn.Module):
         """q(z | x, s, c)."""
 
     @abstractmethod
-    def q_y(self, z: Tensor) -> OneHotCategorical:
+    def q_y(self, z: Tensor, cells: Cells) -> OneHotCategorical:
         """q(y | z)."""
 
     @abstractmethod
@@ -99,8 +99,12 @@ class PiecewiseInterface(nn.Module):
         """q(l | x, s, c)."""
 
     @abstractmethod
-    def label_logits(self, z: Tensor) -> Tensor:
+    def label_logits(self, z: Tensor, cells: Cells) -> Tensor:
         """Logits of q(y | z)."""
+
+    @abstractmethod
+    def latent_point(self, q_z: TorchDistribution) -> Tensor:
+        """The point of q(z | x) that is classified."""
 
     @abstractmethod
     def one_hot_labels(self, cells: Cells) -> Tensor:
@@ -139,8 +143,10 @@ class PiecewiseInterface(nn.Module):
         InputError
             For wrong sizes, codes out of range, or covariates other than announced.
         """
-        q_z = self.q_z(self._encoder_cells(x, batch_index, cont_covs, cat_covs))
-        return self.label_logits(q_z.mean if use_posterior_mean else q_z.rsample())
+        cells = self._encoder_cells(x, batch_index, cont_covs, cat_covs)
+        q_z = self.q_z(cells)
+        z = self.latent_point(q_z) if use_posterior_mean else q_z.rsample()
+        return self.label_logits(z, cells)
 
     def inference(
         self,
@@ -268,7 +274,9 @@ class PiecewiseInterface(nn.Module):
             `labelled_tensors`.
         """
         cells = self.cells_from_tensors(tensors)
-        objective = SemiSupervisedELBO(self.q_y, feed_labels=feed_labels, kl_weight=kl_weight)
+        objective = SemiSupervisedELBO(
+            self.q_y, feed_labels=feed_labels, kl_weight=kl_weight, point=self.latent_point
+        )
         if classification_ratio is None:
             classification_ratio = objective.classification_ratio
         objective.classification_ratio = 0.0  # the term comes from labelled_tensors, or not at all
@@ -489,7 +497,7 @@ class PiecewiseInterface(nn.Module):
                 f"none of the {len(cells)} cells in labelled_tensors has a label in "
                 f"0..{self.n_labels - 1}; leave it out for a loss without a classification term"
             )
-        logits = self.q_y(self.q_z(cells).mean).logits
+        logits = self.q_y(self.latent_point(self.q_z(cells)), cells).logits
         return cross_entropy(logits, cells.label, ignore_index=UNLABELED)
 
 

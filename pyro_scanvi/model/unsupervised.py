@@ -9,10 +9,11 @@ as they are.
 """
 
 import pyro
+from pyro.distributions import Normal, TorchDistribution
 
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.objective import SemiSupervisedELBO
-from pyro_scanvi.model.scanvae import SCANVAE
+from pyro_scanvi.model.scanvae import SCANVAE, sample_shared
 
 SITES = ("z", "l")
 
@@ -26,18 +27,26 @@ class Unsupervised:
     def model(self, cells: Cells) -> None:
         """Counts from a cell state that has a standard Normal prior."""
         vae = self.vae
+        cells = sample_shared(vae.p_shared(), cells)
         with vae.plate(cells):
-            z = pyro.sample("z", vae.p_u())  # N | K
+            z = pyro.sample("z", self.p_z())  # N | K
             library = vae.observed_library(cells)
             if library is None:
                 library = pyro.sample("l", vae.p_l(cells))  # N | 1
             # A dispersion that belongs to a type is averaged over the types.
-            y = vae.p_y().mean.expand(len(cells), -1)
-            pyro.sample("x", vae.p_x(z, library, y, cells), obs=cells.x)  # N | G
+            y = vae.p_y(cells).mean.expand(len(cells), -1)
+            for name, (p, value) in vae.observed(z, library, y, cells).items():
+                pyro.sample(name, p, obs=value)  # N | G
+
+    def p_z(self) -> TorchDistribution:
+        """p(z) = N(0, I), whatever the prior of u is; batch () event (K,)."""
+        zero = self.vae.y_prior.new_zeros(self.vae.n_latent)
+        return Normal(zero, zero + 1).to_event(1)
 
     def guide(self, cells: Cells) -> None:
         """Cell state and library of each cell."""
         vae = self.vae
+        cells = sample_shared(vae.q_shared(), cells)
         with vae.plate(cells):
             pyro.sample("z", vae.q_z(cells))  # N | K
             if vae.latent_library:

@@ -9,17 +9,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
-from torch import Tensor
-from torch.distributions import Gamma
 
 from pyro_scanvi.data.minibatches import CellData, ordered_loader
-from pyro_scanvi.model.likelihoods import CountParameters
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import (
     LARGEST_PASS,
+    Draws,
     at_once,
     batch_codes,
-    count_parameters,
     evaluating,
     passes,
     seeded,
@@ -56,8 +53,8 @@ class Correlation(Trained):
             \qquad z \sim q(z \mid x),
 
         the negative binomial at one size for all cells, without its Poisson noise and without
-        structural zeros. A likelihood without :math:`\theta`, such as the Poisson, has no Gamma
-        noise: :math:`w = \mathrm{size} \cdot \rho(z)`.
+        structural zeros. The Poisson has no Gamma noise: :math:`w = \mathrm{size} \cdot \rho(z)`.
+        Of a likelihood of one's own counts are drawn, or what its ``denoised`` draws.
 
         Memory grows with genes squared. Ranks ("spearman") go through a temporary file of
         4 bytes x cells x `n_samples` x genes, and one gene at a time is held in memory.
@@ -105,20 +102,6 @@ class Correlation(Trained):
         return pd.DataFrame(matrix, index=self.fields.genes, columns=self.fields.genes)
 
 
-def denoised(p: CountParameters, size_factor: float, noisy: bool) -> Tensor:
-    r"""Expression at a common size, with the Gamma noise of the negative binomial, (..., N, G).
-
-    .. math:: w_g \sim \mathrm{Gamma}(\theta_g,\ \theta_g / (\mathrm{size} \cdot \rho_g))
-
-    which has mean :math:`\mathrm{size} \cdot \rho_g` (Lopez et al. 2018); without noise the mean.
-    """
-    mean = size_factor * p.rho
-    if not noisy:
-        return mean
-    theta = p.theta.expand_as(mean)
-    return mean * Gamma(theta, theta).sample()
-
-
 def correlation_of_genes(
     vae: SCANVAE,
     data: CellData,
@@ -147,8 +130,8 @@ def correlation_of_genes(
         for cells in ordered_loader(data, batch_size):
             cells = cells.to(vae.y_prior.device)
             for n in passes(n_samples, cells.x.numel()):
-                p = count_parameters(vae, cells, n, batch)
-                sample = denoised(p, size_factor, vae.likelihood.uses_theta)
+                p = Draws(vae, cells, n).decode(batch, library=cells.x.new_tensor(size_factor))
+                sample = vae.likelihood.expression_draw(p)
                 yield sample.flatten(0, 1).cpu().numpy()
 
     with evaluating(vae):

@@ -17,8 +17,8 @@ from pyro_scanvi.data.minibatches import CellData, Cells
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.comparisons import decoded_batches, find_comparisons
 from pyro_scanvi.posterior.draws import (
+    Draws,
     check_weights,
-    count_parameters,
     minibatch_size,
     over_minibatches,
     seeded,
@@ -191,7 +191,7 @@ def expression_draws(
 
     def decoded(share: np.ndarray, batch: int | None) -> np.ndarray:
         def rho(minibatch: Cells) -> Tensor:
-            return count_parameters(vae, minibatch, 1, batch).rho[0]
+            return Draws(vae, minibatch, 1).decode(batch).rho[0]
 
         return over_minibatches(vae, data.subset(share), batch_size, rho)
 

@@ -2,40 +2,83 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
+import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_scanvi.data.minibatches import CellData, Cells, ordered_loader
 from pyro_scanvi.model.likelihoods import CountParameters
+from pyro_scanvi.model.pyro_internals import Site, samples, sites
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.threads import as_told
 from pyro_scanvi.validation import InputError, check_at_least, check_seed, positions_of
 
 EVALUATION_BATCH_SIZE = 512
+PLATES = ("cells", "draws")
+READ = ("z", "y_unobserved", "u", "l")  # sites that count parameters are a function of
 LARGEST_PASS = 2**22  # numbers in a tensor of samples: 16 MB, large enough to keep a core busy
 
 
-@dataclass(frozen=True)
-class Latents:
-    """Draws from the guide: z (S, N, K), y as one-hot (S, N, L), library (S, N, 1) or (N, 1)."""
+class Draws:
+    """S draws of the guide for each cell; known labels stay as they are.
 
-    z: Tensor
-    y: Tensor
-    library: Tensor
+    Attributes
+    ----------
+    cells
+        The cells, with the draws of what all of them share.
+    z, y, library
+        (S, N, K), one-hot (S, N, L), and (S, N, 1) or (N, 1).
+    """
 
+    def __init__(self, vae: SCANVAE, cells: Cells, n_samples: int):
+        self.vae, self.n_samples = vae, n_samples
+        with self._plate():
+            self.guide = poutine.trace(vae.guide).get_trace(cells)
+        drawn = samples(self.guide)
+        shared = {name: drawn[name] for name in vae.q_shared()}
+        self.cells = replace(cells, shared=shared)
+        self.z, known = drawn["z"], cells.labelled.unsqueeze(-1)
+        self.y = torch.where(known, vae.one_hot_labels(cells), drawn["y_unobserved"])
+        library = vae.observed_library(cells)
+        self.library = drawn["l"] if library is None else library
 
-def draw(vae: SCANVAE, cells: Cells, n_samples: int) -> Latents:
-    """S samples of q(z | x) q(y | z) q(l | x) for each cell; known labels stay as they are."""
-    z = vae.q_z(cells).sample((n_samples,))
-    known = cells.labelled.unsqueeze(-1)
-    y = torch.where(known, vae.one_hot_labels(cells), vae.q_y(z).sample())
-    library = vae.observed_library(cells)
-    if library is None:
-        library = vae.q_l(cells).sample((n_samples,))
-    return Latents(z, y, library)
+    def decode(self, batch: int | None = None, library: Tensor | None = None) -> CountParameters:
+        """rho, mu, theta and gate logits, (S, N, G); of another batch or size if asked.
+
+        Raises
+        ------
+        InputError
+            If the guide draws more than z, y, u, l and what is shared: they are not read here.
+        """
+        self._check_read()
+        cells = as_of_batch(self.cells, batch)
+        library = self.library if library is None else library
+        return self.vae.count_parameters(self.z, library, self.y, cells)
+
+    def replay(self, batch: int | None = None) -> dict[str, Site]:
+        """The sites of the model at these draws; of cells of another batch if asked."""
+        model = poutine.replay(self.vae.model, trace=self.guide)
+        with self._plate():
+            return sites(poutine.trace(model).get_trace(as_of_batch(self.cells, batch)))
+
+    @contextmanager
+    def _plate(self) -> Iterator[None]:
+        # What the networks give is checked in training; here it would cost a third of the time.
+        with pyro.validation_enabled(False), pyro.plate("draws", self.n_samples, dim=-2):
+            yield
+
+    def _check_read(self) -> None:
+        unread = samples(self.guide).keys() - {*READ, *PLATES, *self.cells.shared}
+        if unread:
+            raise InputError(
+                f"expression is decoded from {', '.join(READ)} and shared sites, but the guide "
+                f"draws {', '.join(sorted(unread))} too; ask for the model's own site, by "
+                "posterior_predictive_sample or get_likelihood_parameters"
+            )
 
 
 def batch_codes(names: str | Sequence[str] | None, batches: Iterable) -> list[int | None]:
@@ -48,22 +91,10 @@ def as_of_batch(cells: Cells, batch: int | None) -> Cells:
     return cells if batch is None else replace(cells, batch=torch.full_like(cells.batch, batch))
 
 
-def decode(
-    vae: SCANVAE, cells: Cells, latents: Latents, batch: int | None = None
-) -> CountParameters:
-    """rho, mu, theta and gate logits at given draws, (S, N, G); `batch` as in `as_of_batch`."""
-    cells = as_of_batch(cells, batch)
-    return vae.count_parameters(latents.z, latents.library, latents.y, cells)
-
-
-def count_parameters(
-    vae: SCANVAE, cells: Cells, n_samples: int, batch: int | None = None
-) -> CountParameters:
-    """rho, mu, theta and gate logits at S draws for each cell, (S, N, G).
-
-    With a `batch`, every cell is decoded as if it were of that batch.
-    """
-    return decode(vae, cells, draw(vae, cells, n_samples), batch)
+def at_shared_points(vae: SCANVAE, cells: Cells) -> Cells:
+    """The cells with one value for each site that all of them share: the mean of its posterior."""
+    shared = {name: vae.latent_point(q) for name, q in vae.q_shared().items()}
+    return replace(cells, shared=shared) if shared else cells
 
 
 def over_minibatches(
@@ -75,13 +106,15 @@ def over_minibatches(
 ) -> np.ndarray:
     """What `ask` answers for each minibatch, joined along the cells' dimension `dim`.
 
+    The cells come with what all of them share at the mean of its posterior; Draws draws it anew.
     The answers are written into their place: at no time is there a second copy of the result.
     """
     device = vae.y_prior.device
     result, start = np.empty(0), 0
     with evaluating(vae):
         for cells in ordered_loader(data, batch_size):
-            answer = np.moveaxis(ask(cells.to(device)).cpu().numpy(), dim, 0)
+            cells = at_shared_points(vae, cells.to(device))
+            answer = np.moveaxis(ask(cells).cpu().numpy(), dim, 0)
             if start == 0:
                 result = np.empty((len(data), *answer.shape[1:]), dtype=answer.dtype)
             result[start : start + len(answer)] = answer

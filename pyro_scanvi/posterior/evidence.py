@@ -34,8 +34,9 @@ class Evidence(Trained):
         .. math:: \mathbb E_q[\log p(x \mid z, l) + \log p(z \mid u, y) - \log q(z \mid x)]
             - \mathrm{KL}_u - \mathrm{KL}_y - \mathrm{KL}_l \le \log p(x)
 
-        at KL weight 1, without the classification term; exact over y and at one draw of z
-        (Xu et al. 2021, eq. 5; Kingma et al. 2014, eqs. 6 and 7).
+        at KL weight 1, without the classification term, each further observed site and each further
+        KL as well; that of a site which N cells share counts 1 / N for each of them. Exact over y,
+        and at one draw of z (Xu et al. 2021, eq. 5; Kingma et al. 2014, eqs. 6 and 7).
 
         Parameters
         ----------
@@ -137,9 +138,8 @@ class Evidence(Trained):
         Raises
         ------
         InputError
-            If the AnnData is not what the model was set up with.
-        ValueError
-            For a number of draws below 1, or a negative seed.
+            If the AnnData is not what the model was set up with; for a number of draws below 1, a
+            negative seed, or a ``model`` or ``guide`` of one's own, whose sites are not known.
         """
         check_at_least(1, n_mc_samples=n_mc_samples, n_inner_samples=n_inner_samples)
         ask = partial(

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from pyro_scanvi.data.minibatches import CellData, Cells
-from pyro_scanvi.model.likelihoods import CountParameters
+from pyro_scanvi.model.likelihoods import CountParameters, elementwise
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import (
-    as_of_batch,
+    Draws,
     batch_codes,
     check_weights,
-    decode,
-    draw,
     mean_over_samples,
     minibatch_size,
     over_minibatches,
@@ -156,7 +154,8 @@ class Expression(Trained):
             Arrays (N, G), or (n_samples, N, G) for several draws without `give_mean`. "mean":
             :math:`\mu = l \rho` in counts, before any structural zeros. "dispersions": the inverse
             dispersion :math:`\theta`, where the likelihood has one. "dropout": the probability of
-            a structural zero, where it has a gate.
+            a structural zero, where it has a gate. A likelihood of one's own tells the mean of its
+            distribution, or what its ``parameters`` say.
 
         Raises
         ------
@@ -278,8 +277,8 @@ def normalized_expression(
     """
 
     def expression(cells: Cells, n: int) -> Tensor:
-        latents = draw(vae, cells, n)
-        decoded = (scale(decode(vae, cells, latents, b))[..., genes] for b in batches)
+        draws = Draws(vae, cells, n)
+        decoded = (scale(draws.decode(b))[..., genes] for b in batches)
         return total(decoded) / len(batches)
 
     return _at_samples(vae, data, batch_size, expression, n_samples, mean)
@@ -288,19 +287,17 @@ def normalized_expression(
 def likelihood_parameters(
     vae: SCANVAE, data: CellData, batch_size: int, n_samples: int, mean: bool
 ) -> dict[str, np.ndarray]:
-    """mu, and theta and gate probability where the likelihood reads them, (N, G) or (S, N, G)."""
-    read: dict[str, Callable[[CountParameters], Tensor]] = {"mean": lambda p: p.mu}
-    if vae.likelihood.uses_theta:
-        read["dispersions"] = lambda p: p.theta.expand_as(p.mu)
-    if vae.likelihood.uses_gate:
-        read["dropout"] = lambda p: p.gate_logits.sigmoid()
+    """What the likelihood says of itself at the site x of the model, (N, G) or (S, N, G) each."""
+    names: list[str] = []
 
     def parameters(cells: Cells, n: int) -> Tensor:
-        p = decode(vae, cells, draw(vae, cells, n))
-        return torch.stack([one(p) for one in read.values()], dim=1)  # S, P, N, G
+        p_x = elementwise(Draws(vae, cells, n).replay()["x"]["fn"])
+        told = vae.likelihood.parameters(p_x)
+        names[:] = told
+        return torch.stack(list(told.values()), dim=1)  # S, P, N, G
 
     found = _at_samples(vae, data, batch_size, parameters, n_samples, mean)
-    return dict(zip(read, np.moveaxis(found, -3, 0), strict=True))
+    return dict(zip(names, np.moveaxis(found, -3, 0), strict=True))
 
 
 def predictive_sample(
@@ -321,9 +318,7 @@ def predictive_sample(
 
 
 def _draw_counts(vae: SCANVAE, cells: Cells, batch: int | None, n_samples: int) -> Tensor:
-    latents = draw(vae, cells, n_samples)
-    cells = as_of_batch(cells, batch)
-    return vae.p_x(latents.z, latents.library, latents.y, cells).sample()
+    return Draws(vae, cells, n_samples).replay(batch)["x"]["fn"].sample()
 
 
 def _at_samples(

@@ -14,12 +14,14 @@ The inner mean is unbiased, so the outer one is too (nested importance sampling;
 2015, ICML, arXiv 1502.02536). Its logarithm lies below :math:`\log p(x, y)` in expectation, above
 the ELBO, and rises with S and with M (Burda et al. 2016, ICLR, arXiv 1509.00519, theorem 1).
 
-What is read are the factors ``p_*`` and ``q_*`` of the model. Parameters are taken as they are:
-sites outside the plate of cells, which a model of one's own may have, are not integrated over.
+What is read are the factors ``p_*`` and ``q_*`` of the model and what it has ``observed``, all
+modalities together. Sites outside the plate of cells are drawn from their posterior: the density
+is that of new cells, :math:`p(x \mid \text{data})`. A model or guide of one's own is refused.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,10 +33,13 @@ from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import (
     LARGEST_PASS,
     at_once,
+    at_shared_points,
     evaluating,
     over_minibatches,
     parts,
+    total,
 )
+from pyro_scanvi.validation import InputError
 
 N_INNER_SAMPLES = 5
 # Numbers in the largest tensor of a pass, 4 MB in float32; a likelihood makes about 15 such.
@@ -107,20 +112,22 @@ def log_joint(
     Tensor
         (N, L) in nats, float64: sums over thousands of genes lose digits in float32.
     """
+    _check_story(vae)
     y = _every_label(vae, len(cells))  # L, 1, N, L
     if n_per_pass is None:
         n_per_pass = at_once(_numbers_per_draw(vae, cells, n_inner_samples), PASS_ELEMENTS)
-    log_p_y = _log_prob(vae.p_y(), y)  # L, 1, N
     log_sum = torch.full((), -math.inf, dtype=torch.float64, device=y.device)
-    for z, library, log_weight in _proposals(vae, cells, n_samples, n_per_pass):
-        log_p_x = _log_prob(vae.p_x(z, library, y, cells), cells.x)  # S, N, or L, S, N
-        log_p_z = log_state_density(vae, z, y, n_inner_samples)  # L, S, N
+    for drawn, z, library, log_weight in _proposals(vae, cells, n_samples, n_per_pass):
+        log_p_y = _log_prob(vae.p_y(drawn), y)  # L, 1, N, or L, S, N
+        seen = vae.observed(z, library, y, drawn).values()
+        log_p_x = total(_log_prob(p, value) for p, value in seen)  # S, N, or L, S, N
+        log_p_z = log_state_density(vae, z, y, drawn, n_inner_samples)  # L, S, N
         log_p = log_p_y + log_weight + log_p_x + log_p_z
         log_sum = torch.logaddexp(log_sum, log_p.logsumexp(-2))  # L, N
     return (log_sum - math.log(n_samples)).T
 
 
-def log_state_density(vae: SCANVAE, z: Tensor, y: Tensor, n_samples: int) -> Tensor:
+def log_state_density(vae: SCANVAE, z: Tensor, y: Tensor, cells: Cells, n_samples: int) -> Tensor:
     r"""Log of an unbiased estimate of :math:`p(z \mid y) = \int p(u)\, p(z \mid u, y)\, du`.
 
     Parameters
@@ -129,6 +136,8 @@ def log_state_density(vae: SCANVAE, z: Tensor, y: Tensor, n_samples: int) -> Ten
         The model, in eval mode.
     z, y
         Cell states (S, N, K), and labels as one-hot (L, 1, N, L).
+    cells
+        The minibatch, with draws of what all cells share.
     n_samples
         Draws of u, M.
 
@@ -138,37 +147,57 @@ def log_state_density(vae: SCANVAE, z: Tensor, y: Tensor, n_samples: int) -> Ten
         (L, S, N) in nats, float64.
     """
     y = y.unsqueeze(1)  # L, 1, 1, N, L
-    q_u = vae.q_u(z, y)
+    q_u = vae.q_u(z, y, cells)
     shape = torch.broadcast_shapes(q_u.batch_shape, (n_samples, *z.shape[:-1]))
     q_u = q_u.expand(shape)
     u = q_u.sample()  # L, M, S, N, K
-    log_ratio = _log_prob(vae.p_u(), u) + _log_prob(vae.p_z(u, y), z) - _log_prob(q_u, u)
+    log_ratio = (
+        _log_prob(vae.p_u(cells), u) + _log_prob(vae.p_z(u, y, cells), z) - _log_prob(q_u, u)
+    )
     return log_ratio.logsumexp(-3) - math.log(n_samples)
 
 
 def _proposals(
     vae: SCANVAE, cells: Cells, n_samples: int, n_per_pass: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each pass z (S, N, K), l, and log p(l) - log q(l | x) - log q(z | x), (S, N)."""
+) -> Iterator[tuple[Cells, Tensor, Tensor, Tensor]]:
+    """For each pass cells with shared draws, z, l, and log p(l) - log q(l | x) - log q(z | x).
+
+    z is (S, N, K), the weights are (S, N). Shared sites are drawn from their posterior, and not
+    weighted: the answer is about new cells, given what training has seen. What proposes z and l
+    sees them as `cells` has them.
+    """
     q_z, with_library = vae.q_z(cells), _libraries(vae, cells)
     for n in parts(n_samples, n_per_pass):
         z = q_z.sample((n,))
-        yield z, *with_library(-_log_prob(q_z, z))
+        shared = {name: q.sample((n, 1)) for name, q in vae.q_shared().items()}
+        drawn = replace(cells, shared=shared)
+        yield drawn, z, *with_library(drawn, -_log_prob(q_z, z))
 
 
-def _libraries(vae: SCANVAE, cells: Cells) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """From log weights of draws (S, N) to l, and the weights with those of l where it is drawn."""
+def _libraries(vae: SCANVAE, cells: Cells) -> Callable[[Cells, Tensor], tuple[Tensor, Tensor]]:
+    """From cells and log weights of draws (S, N) to l, and weights with that of l if drawn."""
     known = vae.observed_library(cells)
     if known is not None:
-        return lambda log_weight: (known, log_weight)
-    p_l, q_l = vae.p_l(cells), vae.q_l(cells)
+        return lambda _, log_weight: (known, log_weight)
+    q_l = vae.q_l(cells)
 
-    def drawn(log_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def drawn(cells: Cells, log_weight: Tensor) -> tuple[Tensor, Tensor]:
         library = q_l.sample(log_weight.shape[:1])
-        log_p, log_q = _log_prob(p_l, library), _log_prob(q_l, library)
+        log_p, log_q = _log_prob(vae.p_l(cells), library), _log_prob(q_l, library)
         return library, log_weight + log_p - log_q
 
     return drawn
+
+
+def _check_story(vae: SCANVAE) -> None:
+    """Refuse a model or a guide of another shape than the one that is summed and integrated."""
+    own = [n for n in ("model", "guide") if getattr(type(vae), n) is not getattr(SCANVAE, n)]
+    if own:
+        raise InputError(
+            f"{type(vae).__name__} has a {' and a '.join(own)} of its own, and marginal likelihood "
+            "and Bayes' rule integrate u, z, l and y of SCANVAE's; put sites that all cells share "
+            "into p_shared and q_shared, and what is seen of a cell into observed, or take get_elbo"
+        )
 
 
 def _every_label(vae: SCANVAE, n_cells: int) -> Tensor:
@@ -203,7 +232,7 @@ def _cells_per_pass(vae: SCANVAE, data: CellData, n_inner_samples: int) -> int:
 
 def _numbers_per_draw(vae: SCANVAE, cells: Cells, n_inner_samples: int) -> int:
     """Size of the largest tensor of one draw of z for each cell."""
-    z = vae.y_prior.new_zeros(1, len(cells), vae.n_latent)
+    z, cells = vae.y_prior.new_zeros(1, len(cells), vae.n_latent), at_shared_points(vae, cells)
     p_x = vae.p_x(z, torch.ones_like(z[..., :1]), _every_label(vae, len(cells)), cells)
     # The batch shape has L times the cells where p(x) depends on the label.
     counts = p_x.batch_shape.numel() * vae.n_input

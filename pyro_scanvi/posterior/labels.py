@@ -66,9 +66,9 @@ class Labels(Trained):
         Raises
         ------
         InputError
-            If the AnnData is not what the model was set up with.
-        ValueError
-            For an unknown method, a number of draws below 1, or a negative seed.
+            If the AnnData is not what the model was set up with; for an unknown method, a number
+            of draws below 1, or a negative seed. Bayes' rule refuses a ``model`` or ``guide`` of
+            one's own.
         """
         check_at_least(1, n_mc_samples=n_mc_samples)
         methods: dict[str, Method] = {
@@ -109,7 +109,8 @@ class ByClassifier:
     def __call__(self, vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
         def probabilities(cells: Cells) -> Tensor:
             q_z = vae.q_z(cells)
-            return vae.q_y(q_z.mean if self.use_posterior_mean else q_z.sample()).probs
+            z = vae.latent_point(q_z) if self.use_posterior_mean else q_z.sample()
+            return vae.q_y(z, cells).probs
 
         return over_minibatches(vae, data, batch_size, probabilities)
 

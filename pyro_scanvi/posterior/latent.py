@@ -113,10 +113,9 @@ def latent_mean(vae: SCANVAE, data: CellData, batch_size: int, mc_samples: int) 
     def mean(cells: Cells) -> Tensor:
         q_z = vae.q_z(cells)
         if isinstance(vae.state, nn.Identity):
-            return q_z.mean
-        return mean_over_samples(
-            mc_samples, q_z.mean.numel(), lambda n: vae.state(q_z.sample((n,)))
-        )
+            return vae.latent_point(q_z)
+        size = len(cells) * vae.n_latent
+        return mean_over_samples(mc_samples, size, lambda n: vae.state(q_z.sample((n,))))
 
     return over_minibatches(vae, data, batch_size, mean)
 
@@ -131,7 +130,13 @@ def latent_moments(vae: SCANVAE, data: CellData, batch_size: int) -> tuple[np.nd
 
     def moments(cells: Cells) -> Tensor:
         q_z = vae.q_z(cells)
-        return torch.stack([q_z.mean, q_z.variance])
+        try:
+            return torch.stack([q_z.mean, q_z.variance])
+        except NotImplementedError:
+            raise InputError(
+                f"q(z | x) is a {type(q_z).__name__}, whose mean and variance are not known; leave "
+                "return_dist out, or draw from it with give_mean=False"
+            ) from None
 
     mean, variance = over_minibatches(vae, data, batch_size, moments, dim=1)
     return mean, variance

@@ -23,6 +23,11 @@ class EpochScores:
         self.n_cells += len(cells)
         self.sums["elbo"] += parts.elbo().sum().item()
         self.sums["reconstruction"] += parts.reconstruction.sum().item()
+        if len(parts.reconstructions) > 1:
+            for site, cost in parts.reconstructions.items():
+                self.sums[f"reconstruction_{site}"] += cost.sum().item()
+        for cost in parts.kl_shared.values():
+            self.sums["kl_shared"] += cost.item() / parts.n_obs * len(cells)
         for site, kl in parts.kl.items():
             self.sums[f"kl_{site}"] += kl.sum().item()
         if parts.logits is None:

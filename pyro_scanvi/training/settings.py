@@ -132,7 +132,9 @@ class Plan:
 
     def objective(self, vae: SCANVAE) -> SemiSupervisedELBO:
         """The objective of this plan for a model."""
-        return SemiSupervisedELBO(vae.q_y, self.classification_ratio, self.feed_labels)
+        return SemiSupervisedELBO(
+            vae.q_y, self.classification_ratio, self.feed_labels, point=vae.latent_point
+        )
 
     def kl_weight(self, epoch: int, step: int = 0) -> float:
         """KL weight in an epoch and optimiser step, both counted from 0."""

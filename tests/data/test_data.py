@@ -72,8 +72,10 @@ def test_to_moves_every_tensor(covariates):
     cells = cell_data(covariates=covariates)[np.arange(4)]
     if covariates:
         cells = replace(cells, weight=torch.ones(4), classified=torch.ones(4) > 0)
-    cells = cells.to("meta")
-    tensors = [getattr(cells, f.name) for f in fields(cells) if f.name != "n_obs"]
+    cells = replace(cells, shared={"pi": torch.ones(3)}).to("meta")
+    assert cells.shared["pi"].device.type == "meta"
+    others = ("n_obs", "shared")
+    tensors = [getattr(cells, f.name) for f in fields(cells) if f.name not in others]
     assert {t.device.type for t in tensors if t is not None} == {"meta"}
     assert [t is None for t in tensors].count(True) == (0 if covariates else len(OPTIONAL) + 2)
     assert cells.n_obs == 9

@@ -17,7 +17,7 @@ LONGEST_SWAP = 20  # lines
 class HeavyTails(SCANVAE):
     """u has a Student t prior, whose KL from a Normal is not known in closed form."""
 
-    def p_u(self):
+    def p_u(self, cells):
         return dist.StudentT(3.0, self.y_prior.new_zeros(self.n_latent), 1.0).to_event(1)
 
 
@@ -29,7 +29,7 @@ class LearnedMixture(SCANVAE):
         self.centres = nn.Parameter(torch.randn(3, self.n_latent))
         self.weights = nn.Parameter(torch.zeros(3))
 
-    def p_u(self):
+    def p_u(self, cells):
         parts = dist.Normal(self.centres, 1.0).to_event(1)
         return dist.MixtureSameFamily(dist.Categorical(logits=self.weights), parts)
 
@@ -38,14 +38,14 @@ class LaplaceGuide(SCANVAE):
     """q(z | x) is a Laplace distribution."""
 
     def q_z(self, cells):
-        return dist.Laplace(*self.z_encoder(*self._encoder_input(cells))).to_event(1)
+        return dist.Laplace(*self.z_encoder(*self.encoder_input(cells))).to_event(1)
 
 
 class FixedState(SCANVAE):
     """p(z | u, y) does not depend on u: a single Normal for each type."""
 
-    def p_z(self, u, y):
-        return super().p_z(torch.zeros_like(u), y)
+    def p_z(self, u, y, cells):
+        return super().p_z(torch.zeros_like(u), y, cells)
 
 
 class TemperedClassifier(SCANVAE):
@@ -55,8 +55,8 @@ class TemperedClassifier(SCANVAE):
         super().__init__(*args, **kwargs)
         self.temperature = nn.Parameter(torch.tensor(3.0))
 
-    def q_y(self, z):
-        return dist.OneHotCategorical(logits=super().q_y(z).logits / self.temperature)
+    def q_y(self, z, cells):
+        return dist.OneHotCategorical(logits=super().q_y(z, cells).logits / self.temperature)
 
 
 class UnsureLabels(SCANVAE):
@@ -66,7 +66,7 @@ class UnsureLabels(SCANVAE):
         super().__init__(*args, **kwargs)
         self.frequencies = nn.Parameter(torch.tensor([1.0, 0.0, -1.0]))
 
-    def p_y(self):
+    def p_y(self, cells):
         return dist.OneHotCategorical(logits=self.frequencies)
 
 
@@ -157,11 +157,11 @@ def test_unknown_kl_falls_back_to_monte_carlo():
         torch.manual_seed(1)
         z = vae.q_z(cells).rsample()
         y = torch.eye(3)[cells.label]
-        q_u = vae.q_u(z, y)
+        q_u = vae.q_u(z, y, cells)
         u = q_u.mean + q_u.stddev * torch.randn(3, 12, 4)
         student = torch.distributions.StudentT(3.0)
         each = q_u.log_prob(u) - student.log_prob(u).sum(-1)
-        expected = (vae.q_y(z).probs.T * each).sum(0)
+        expected = (vae.q_y(z, cells).probs.T * each).sum(0)
     torch.testing.assert_close(kl, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -194,8 +194,8 @@ class Sharper(SCANVAE):
         super().__init__(*args, **kwargs)
         self.sharpness = nn.Parameter(torch.tensor(sharpness))
 
-    def q_y(self, z):
-        return dist.OneHotCategorical(logits=super().q_y(z).logits * self.sharpness)
+    def q_y(self, z, cells):
+        return dist.OneHotCategorical(logits=super().q_y(z, cells).logits * self.sharpness)
 
 
 def test_an_own_class_in_the_estimator(tmp_path):

@@ -118,7 +118,7 @@ def test_combination(row):
 
 def predictions(vae, cells):
     with torch.no_grad():
-        return vae.eval().q_y(vae.q_z(cells).mean).probs
+        return vae.eval().q_y(vae.q_z(cells).mean, cells).probs
 
 
 # ---- each option does what it says --------------------------------------------------------------
@@ -140,7 +140,7 @@ def counts(vae, cells, z=None, y=None, size=None):
 def test_sizes():
     vae = small_vae(n_input=30, n_labels=5, n_hidden=7, n_latent=3, n_layers=2)
     cells = random_cells(vae)
-    assert vae.q_z(cells).mean.shape == (12, 3) and vae.p_y().probs.shape == (5,)
+    assert vae.q_z(cells).mean.shape == (12, 3) and vae.p_y(cells).probs.shape == (5,)
     widths = [block.linear.weight.shape for block in vae.z_encoder.hidden.layers]
     assert widths == [(7, 30), (7, 7)]
     latent_library = small_vae(n_batch=2, n_layers=2, **LATENT_LIBRARY)
@@ -179,17 +179,17 @@ def test_gene_likelihood(name, kind):
 
 
 def test_y_prior():
-    assert small_vae().p_y().probs.tolist() == pytest.approx([1 / 3] * 3)
-    assert small_vae(y_prior=[[0.5, 0.3, 0.2]]).p_y().probs.tolist() == pytest.approx(
-        [0.5, 0.3, 0.2]
-    )
+    uniform, given = small_vae(), small_vae(y_prior=[[0.5, 0.3, 0.2]])
+    cells = random_cells(given)
+    assert uniform.p_y(cells).probs.tolist() == pytest.approx([1 / 3] * 3)
+    assert given.p_y(cells).probs.tolist() == pytest.approx([0.5, 0.3, 0.2])
 
 
 def test_labels_groups():
     """Probabilities of a group's labels sum to the probability of the group."""
     vae = small_vae(labels_groups=[0, 1, 0], use_labels_groups=True).eval()
-    z = torch.randn(12, 4)
-    found, groups = vae.q_y(z).probs, vae.classifier.groups(z).softmax(-1)
+    z, cells = torch.randn(12, 4), random_cells(vae)
+    found, groups = vae.q_y(z, cells).probs, vae.classifier.groups(z).softmax(-1)
     torch.testing.assert_close(torch.stack([found[:, 0] + found[:, 2], found[:, 1]], 1), groups)
 
 
@@ -217,8 +217,8 @@ def test_labels_and_batches_are_read_without_hidden_layers():
     vae = small_vae(n_batch=2, n_layers=0).eval()
     cells = random_cells(vae)
     z, y = torch.randn(12, 4), torch.eye(3)[torch.arange(12) % 3]
-    assert not torch.allclose(vae.q_u(z, y).mean, vae.q_u(z, y.roll(1, -1)).mean)
-    assert not torch.allclose(vae.p_z(z, y).mean, vae.p_z(z, y.roll(1, -1)).mean)
+    assert not torch.allclose(vae.q_u(z, y, cells).mean, vae.q_u(z, y.roll(1, -1), cells).mean)
+    assert not torch.allclose(vae.p_z(z, y, cells).mean, vae.p_z(z, y.roll(1, -1), cells).mean)
     other = replace(cells, batch=1 - cells.batch)
     assert not torch.allclose(counts(vae, cells, z).mu, counts(vae, other, z).mu)
 
@@ -263,10 +263,10 @@ def test_latent_distribution():
     cells = random_cells(ln)
     z, y = torch.randn(12, 4), torch.eye(3)[cells.label.clamp(min=0)]
     on_simplex = z.softmax(-1)
-    torch.testing.assert_close(ln.q_y(z).logits, plain.q_y(on_simplex).logits)
-    torch.testing.assert_close(ln.q_u(z, y).mean, plain.q_u(on_simplex, y).mean)
+    torch.testing.assert_close(ln.q_y(z, cells).logits, plain.q_y(on_simplex, cells).logits)
+    torch.testing.assert_close(ln.q_u(z, y, cells).mean, plain.q_u(on_simplex, y, cells).mean)
     torch.testing.assert_close(counts(ln, cells, z).mu, counts(plain, cells, on_simplex).mu)
-    assert not torch.allclose(ln.q_y(z).logits, plain.q_y(z).logits)
+    assert not torch.allclose(ln.q_y(z, cells).logits, plain.q_y(z, cells).logits)
 
 
 def test_log_variational():

@@ -297,7 +297,7 @@ def test_known_labels_choose_the_dispersion_of_predictive_samples():
 
 def test_classify_asks_a_factor_of_ones_own():
     class Stubborn(SCANVAE):
-        def q_y(self, z):
+        def q_y(self, z, cells):
             return pyro.distributions.OneHotCategorical(logits=z.new_tensor([5.0, 0, 0]))
 
     logits = Stubborn(**SIZES).classify(torch.ones(2, 12))

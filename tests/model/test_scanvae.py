@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, TraceEnum_ELBO
+from pyro.infer.inspect import get_model_relations
 from torch import nn
 
 from pyro_scanvi import SCANVAE
@@ -76,14 +77,14 @@ def test_factors_are_distributions_of_the_documented_shapes():
     y = torch.eye(3).unsqueeze(1).expand(3, 12, 3)
     library = torch.full((12, 1), 40.0)
     expected = {
-        vae.p_u(): ((), (4,)),
-        vae.p_y(): ((), (3,)),
-        vae.p_z(u, y): ((3, 12), (4,)),
+        vae.p_u(cells): ((), (4,)),
+        vae.p_y(cells): ((), (3,)),
+        vae.p_z(u, y, cells): ((3, 12), (4,)),
         vae.p_l(cells): ((12,), (1,)),
         vae.p_x(z, library, y, cells): ((3, 12), (20,)),
         vae.q_z(cells): ((12,), (4,)),
-        vae.q_y(z): ((3, 12), (3,)),
-        vae.q_u(z, y): ((3, 12), (4,)),
+        vae.q_y(z, cells): ((3, 12), (3,)),
+        vae.q_u(z, y, cells): ((3, 12), (4,)),
         vae.q_l(cells): ((12,), (1,)),
     }
     for factor, (batch, event) in expected.items():
@@ -100,8 +101,8 @@ def test_priors():
     cells = random_cells(vae)
     at = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
     expected = -0.5 * (at**2).sum() - 2 * np.log(2 * np.pi)
-    torch.testing.assert_close(vae.p_u().log_prob(at), expected)
-    torch.testing.assert_close(vae.p_y().probs, torch.tensor([0.5, 0.3, 0.2]).double())
+    torch.testing.assert_close(vae.p_u(cells).log_prob(at), expected)
+    torch.testing.assert_close(vae.p_y(cells).probs, torch.tensor([0.5, 0.3, 0.2]).double())
     means, variances = (torch.tensor(v).double()[cells.batch] for v in library.values())
     torch.testing.assert_close(vae.p_l(cells).mean[:, 0], (means + variances / 2).exp())
 
@@ -319,3 +320,12 @@ ERRORS = [
 def test_errors_of_the_constructor(arguments, kind, message):
     with pytest.raises(kind, match=message):
         SCANVAE(**(SIZES | arguments))
+
+
+def test_pyro_draws_it():
+    """`pyro.render_model` reads these relations; every parameter has a constraint."""
+    vae = small_vae()
+    relations = get_model_relations(vae.model, (random_cells(vae),))
+    assert set(relations["observed"]) >= {"x"}
+    assert set(relations["sample_sample"]["x"]) >= {"z"}
+    assert set(relations["param_constraint"]) >= {"scanvae.z_encoder.mean.weight"}

@@ -32,7 +32,7 @@ def by_hand(model: SCANVI, feed_labels: bool) -> tuple[np.ndarray, np.ndarray]:
     with torch.no_grad():
         q_z = vae.q_z(cells)
         z = q_z.mean + q_z.stddev * noise
-        q_y, reconstruction, values = vae.q_y(z).probs, [], []
+        q_y, reconstruction, values = vae.q_y(z, cells).probs, [], []
         library, kl_l = cells.x.sum(-1, keepdim=True), 0.0
         if vae.latent_library:
             q_l, p_l = (d.base_dist.base_dist for d in (vae.q_l(cells), vae.p_l(cells)))
@@ -40,12 +40,14 @@ def by_hand(model: SCANVI, feed_labels: bool) -> tuple[np.ndarray, np.ndarray]:
             kl_l = kl_divergence(q_l, p_l).sum(-1)
         for code in range(3):
             y = torch.eye(3, dtype=torch.float64)[code].expand(N, 3)
-            q_u = vae.q_u(z, y)
+            q_u = vae.q_u(z, y, cells)
             u = q_u.mean + q_u.stddev * noise
             v, m = q_u.variance, q_u.mean
             kl_u = 0.5 * (v + m**2 - 1 - v.log()).sum(-1)
             reconstruction.append(-vae.p_x(z, library, y, cells).log_prob(cells.x))
-            values.append(-reconstruction[-1] + vae.p_z(u, y).log_prob(z) - kl_u + np.log(1 / 3))
+            values.append(
+                -reconstruction[-1] + vae.p_z(u, y, cells).log_prob(z) - kl_u + np.log(1 / 3)
+            )
         reconstruction, values = torch.stack(reconstruction, -1), torch.stack(values, -1)
         elbo = (q_y * (values - q_y.log())).sum(-1)
         if feed_labels:

@@ -1,5 +1,7 @@
 """Expression, parameters of the likelihood, and draws of counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pyro.distributions as dist
@@ -239,10 +241,13 @@ def test_an_own_factor_is_drawn_from():
 
 
 def test_an_own_likelihood():
-    """It names what it reads; without a dispersion there is no Gamma noise."""
+    """It tells its mean, and what else it says of itself; genes are correlated over its draws."""
     likelihood = GeneLikelihood(zero_inflated_poisson, uses_theta=False)
     model = as_they_are(model_of(batched(), gene_likelihood=likelihood))
-    assert set(model.get_likelihood_parameters()) == {"mean", "dropout"}
+    assert set(model.get_likelihood_parameters()) == {"mean"}
+    told = replace(likelihood, parameters=lambda p: {"gate": p.gate_logits.sigmoid()})
+    model = as_they_are(model_of(batched(), gene_likelihood=told))
+    assert set(model.get_likelihood_parameters()) == {"gate"}
     assert model.posterior_predictive_sample().shape == (N, G)
     assert np.isfinite(model.get_elbo())
     assert model.get_feature_correlation_matrix().notna().all(axis=None)

@@ -48,7 +48,7 @@ class LinearGaussian(SCANVAE):
         self.c = 0.5 * normal(N_GENES) if self.latent_library else torch.zeros(N_GENES).double()
         self.noise_z, self.noise_x, self.wider, self.off = 0.5, 0.8, 1.3, 0.1
 
-    def p_z(self, u, y):
+    def p_z(self, u, y, cells):
         return dist.Normal(u @ self.A.T + y @ self.m, self.noise_z).to_event(1)
 
     def p_x(self, z, library, y, cells):
@@ -56,7 +56,7 @@ class LinearGaussian(SCANVAE):
         mean = z @ self.B.T + log_library * self.c + y @ self.d
         return dist.Normal(mean, self.noise_x).to_event(1)
 
-    def q_u(self, z, y):
+    def q_u(self, z, y, cells):
         gain, covariance = self.given_z()
         mean = (z - y @ self.m) @ gain.T + self.off
         return dist.MultivariateNormal(mean, self.wider * covariance)
@@ -218,7 +218,7 @@ def quadrature(vae: SCANVAE, cells: Cells) -> np.ndarray:
     result = []
     for label in range(vae.n_labels):
         y = torch.eye(vae.n_labels, dtype=torch.float64)[label].expand(len(cells), -1)
-        p_z = vae.p_z(u, y[:1]).log_prob(z) + vae.p_u().log_prob(u)  # u, z, 1
+        p_z = vae.p_z(u, y[:1], cells).log_prob(z) + vae.p_u(cells).log_prob(u)  # u, z, 1
         p_z = p_z.logsumexp(0) + weight  # z, 1
         states = z.expand(-1, len(cells), 1)
         p_x = vae.p_x(states, library, y, cells).log_prob(cells.x)  # (l,) z, N
@@ -286,11 +286,11 @@ def by_loops(vae, cells, n_samples, n_inner):
         y = torch.eye(n_labels, dtype=z.dtype)[label].expand(n, -1)
         total = 0
         for s in range(n_samples):
-            q_u = vae.q_u(z[s], y)
+            q_u = vae.q_u(z[s], y, cells)
             inner = 0
             for m in range(n_inner):
                 u = q_u.mean + q_u.stddev * noise[label, m, s]
-                log_ratio = vae.p_u().log_prob(u) + vae.p_z(u, y).log_prob(z[s])
+                log_ratio = vae.p_u(cells).log_prob(u) + vae.p_z(u, y, cells).log_prob(z[s])
                 inner = inner + (log_ratio - q_u.log_prob(u)).exp() / n_inner
             size = library[s] if q_l is not None else library
             log_weight = vae.p_x(z[s], size, y, cells).log_prob(cells.x) - q_z.log_prob(z[s])
@@ -315,11 +315,11 @@ def test_equal_to_explicit_loops(name):
 class Blind(SCANVAE):
     """p(z | u) does not depend on the label, nor q(u) on anything: p(x, y) = p(x) p(y)."""
 
-    def p_z(self, u, y):
-        return super().p_z(u, torch.ones(1, u.shape[-2], 3) / 3)
+    def p_z(self, u, y, cells):
+        return super().p_z(u, torch.ones(1, u.shape[-2], 3) / 3, cells)
 
-    def q_u(self, z, y):
-        return self.p_u()
+    def q_u(self, z, y, cells):
+        return self.p_u(cells)
 
 
 def test_factors_that_ignore_the_label():
@@ -362,10 +362,10 @@ class Taped(SCANVAE):
 
     def q_z(self, cells):
         noise = torch.randn(10, cells.n_obs, 4, generator=torch.Generator().manual_seed(0))
-        loc, scale = self.z_encoder(*self._encoder_input(cells))
+        loc, scale = self.z_encoder(*self.encoder_input(cells))
         return Tape(loc, scale, noise[:, cells.index].to(loc.dtype)).to_event(1)
 
-    def q_u(self, z, y):
+    def q_u(self, z, y, cells):
         return Middle(*self.u_encoder(self.state(z), y)).to_event(1)
 
 

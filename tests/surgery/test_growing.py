@@ -80,7 +80,7 @@ def answers(vae, cells, n_labels=3):
             found["theta"] = counts.theta.expand_as(counts.mu)
         if hasattr(vae.x_decoder, "gate"):
             found["gate"] = counts.gate_logits
-        normals = {"q_z": vae.q_z(cells), "q_u": vae.q_u(z, y), "p_z": vae.p_z(z, y)}
+        normals = {"q_z": vae.q_z(cells), "q_u": vae.q_u(z, y, cells), "p_z": vae.p_z(z, y, cells)}
         for name, normal in normals.items():
             found |= {f"{name} mean": normal.mean, f"{name} variance": normal.variance}
         if vae.latent_library:
@@ -247,7 +247,7 @@ class LearnedPi(SCANVAE):
         super().__init__(*args, **kwargs)
         self.log_pi = nn.Parameter(-rarer * torch.arange(float(self.n_labels)))
 
-    def p_y(self):
+    def p_y(self, cells):
         return OneHotCategorical(logits=self.log_pi)
 
     def growth(self):
@@ -259,7 +259,8 @@ def test_a_learned_label_prior_grows():
     old = LearnedPi(**sizes_of(2, [3], 3), rarer=2.0)
     new = enlarged(old, sizes_of(2, [3], 5))
     assert new.log_pi.tolist() == [0, -2, -4, -2, -2]
-    ratios = [vae.p_y().probs[:3] / vae.p_y().probs[0] for vae in (old, new)]
+    priors = [vae.p_y(random_cells(vae)).probs for vae in (old, new)]
+    ratios = [prior[:3] / prior[0] for prior in priors]
     torch.testing.assert_close(ratios[1], ratios[0])
     assert placements(old, new)["log_pi"].new == {3: [0, 1, 2], 4: [0, 1, 2]}
 

@@ -135,7 +135,7 @@ def test_a_broken_encoder_is_named():
 
     class Broken(SCANVAE):
         def q_z(self, cells):
-            loc, scale = self.z_encoder(*self._encoder_input(cells))
+            loc, scale = self.z_encoder(*self.encoder_input(cells))
             loc = torch.where(torch.arange(self.n_latent) == 2, torch.nan, loc)
             return Normal(loc, scale).to_event(1)
 
@@ -149,7 +149,7 @@ def test_a_broken_prior_is_named():
     """Pyro expands it to all cells of the minibatch."""
 
     class Broken(SCANVAE):
-        def p_u(self):
+        def p_u(self, cells):
             return Normal(torch.tensor([0.0, torch.inf, 0.0, 0.0]), torch.ones(4)).to_event(1)
 
     model = small_model(simulated())
