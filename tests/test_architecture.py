@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,18 @@ def test_questions_read_of_a_model_what_is_trained_alone(theme):
     assert len(read) == len(names), "self is not handed on"
     assert set(read) <= {"module", "fields", "adata", "encoded"}
     assert theme in SCANVI.__bases__
+
+
+def test_no_file_imports_itself_in_a_circle():
+    """Not even for types."""
+    modules = {".".join(("pyro_scanvi", *p.relative_to(ROOT).with_suffix("").parts)) for p in FILES}
+    graph = {}
+    for path in FILES:
+        own = ".".join(("pyro_scanvi", *path.relative_to(ROOT).with_suffix("").parts))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        graph[own] = {n.module for n in froms} | {
+            f"{n.module}.{a.name}" for n in froms for a in n.names
+        }
+        graph[own] &= modules
+    assert len(list(TopologicalSorter(graph).static_order())) == len(modules)

@@ -7,15 +7,31 @@ for each label. What is done with the rules is written in :mod:`pyro_scanvi.surg
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from pyro_scanvi.model.scanvae import SCANVAE
-
 Start = Callable[[Tensor, Tensor], Tensor]
+
+
+class Coded(Protocol):
+    """Whatever knows the numbers of categories of its covariates."""
+
+    @property
+    def n_categories(self) -> tuple[int, ...]:
+        """Of the batch, 0 where it is embedded, and of each covariate."""
+
+
+class Sized(Protocol):
+    """What the rules read of a model."""
+
+    n_labels: int
+    n_batch: int
+
+    @property
+    def covariates(self) -> Coded:
+        """The encoder of batch and covariates."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +51,14 @@ class Growth(ABC):
     start: Start | None = None
 
     @abstractmethod
-    def variables(self, vae: "SCANVAE") -> Sequence[tuple[int, int]]:
+    def variables(self, vae: Sized) -> Sequence[tuple[int, int]]:
         """Number of categories, and of entries on the axis, of each variable in turn."""
 
 
 class ByLabel(Growth):
     """One entry for each label."""
 
-    def variables(self, vae: "SCANVAE") -> Sequence[tuple[int, int]]:
+    def variables(self, vae: Sized) -> Sequence[tuple[int, int]]:
         """The labels."""
         return [(vae.n_labels, vae.n_labels)]
 
@@ -50,7 +66,7 @@ class ByLabel(Growth):
 class ByBatch(Growth):
     """One entry for each biological batch."""
 
-    def variables(self, vae: "SCANVAE") -> Sequence[tuple[int, int]]:
+    def variables(self, vae: Sized) -> Sequence[tuple[int, int]]:
         """The batches."""
         return [(vae.n_batch, vae.n_batch)]
 
@@ -58,7 +74,7 @@ class ByBatch(Growth):
 class ByCovariates(Growth):
     """The one-hot columns of batch and categorical covariates; one category has no column."""
 
-    def variables(self, vae: "SCANVAE") -> Sequence[tuple[int, int]]:
+    def variables(self, vae: Sized) -> Sequence[tuple[int, int]]:
         """The batch, which has no category where it is embedded, and each covariate."""
         return [(n, n if n > 1 else 0) for n in vae.covariates.n_categories]
 
