@@ -3,16 +3,18 @@
 Everything here is decoded at draws from the guide; tensors in, arrays out, minibatch by minibatch.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_scanvi.data.minibatches import CellData, Cells
 from pyro_scanvi.model.likelihoods import CountParameters, elementwise
+from pyro_scanvi.model.pyro_internals import Site
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import (
     Draws,
@@ -29,6 +31,7 @@ from pyro_scanvi.posterior.trained import Trained
 from pyro_scanvi.validation import (
     InputError,
     check_at_least,
+    check_known,
     check_positive,
     look_up,
     plain_arguments,
@@ -178,6 +181,7 @@ class Expression(Trained):
         gene_list: Sequence[str] | None = None,
         batch_size: int | None = None,
         *,
+        site: str = "x",
         seed: int | None = None,
     ) -> np.ndarray:
         r"""Counts from :math:`p(x' \mid x) = \int p(x' \mid z, l)\, q(z, l \mid x)\, dz\, dl`.
@@ -195,19 +199,23 @@ class Expression(Trained):
             Draws for each cell, each at its own draw of z and l.
         gene_list
             Genes to return, in this order; None is all.
+        site
+            Of the model: "x", the counts, or a further one that is observed (of a model of one's
+            own; see ``SCANVAE.observed``), which has no genes to choose.
         seed
             Of the draws; None draws on from torch's generator.
 
         Returns
         -------
         array
-            (N, genes); with more than one draw (N, genes, n_samples).
+            (N, genes), or the columns of another site; with more than one draw (N, genes,
+            n_samples).
 
         Raises
         ------
         InputError
-            For unknown batches or genes, naming the nearest; more than one batch; `n_samples`
-            below 1.
+            For unknown batches, genes or sites, naming the nearest; more than one batch; genes of
+            another site; `n_samples` below 1.
         """
         check_at_least(1, n_samples=n_samples)
         batches = batch_codes(transform_batch, self.fields.batches)
@@ -217,11 +225,13 @@ class Expression(Trained):
                 f"transform_batch names {len(batches)} batches, but a cell can be drawn as of one "
                 "only (a mean of counts is no count); ask for each batch in turn"
             )
+        if site != "x" and gene_list is not None:
+            raise InputError(f"gene_list is given, but site={site!r} has no genes; leave it out")
         size = minibatch_size(batch_size)
         data, _ = self.encoded(adata, indices)
         with seeded(seed):
-            counts = predictive_sample(self.module, data, size, batches[0], genes, n_samples)
-        return counts[..., 0] if n_samples == 1 else counts
+            drawn = predictive_sample(self.module, data, size, batches[0], genes, n_samples, site)
+        return drawn[..., 0] if n_samples == 1 else drawn
 
 
 def _gene_positions(names: Sequence[str] | None, genes: Iterable[str]) -> slice | list[int]:
@@ -307,18 +317,24 @@ def predictive_sample(
     batch: int | None,
     genes: slice | Sequence[int],
     n_samples: int,
+    site: str = "x",
 ) -> np.ndarray:
-    """Counts from p(x' | x): one draw of the likelihood at each draw of the guide, (N, G, S)."""
+    """From p(x' | x): one draw of an observed site at each draw of the guide, (N, G, S)."""
 
     def counts(cells: Cells) -> Tensor:
-        drawn = [_draw_counts(vae, cells, batch, n) for n in passes(n_samples, cells.x.numel())]
-        return torch.cat([x[..., genes] for x in drawn]).permute(1, 2, 0)
+        sizes = passes(n_samples, cells.x.numel())
+        drawn = [_observed_site(Draws(vae, cells, n).replay(batch), site) for n in sizes]
+        return torch.cat([p.sample()[..., genes] for p in drawn]).movedim(0, -1)
 
     return over_minibatches(vae, data, batch_size, counts)
 
 
-def _draw_counts(vae: SCANVAE, cells: Cells, batch: int | None, n_samples: int) -> Tensor:
-    return Draws(vae, cells, n_samples).replay(batch)["x"]["fn"].sample()
+def _observed_site(model: Mapping[str, Site], name: str) -> Distribution:
+    """The distribution of an observed site; other sites are refused."""
+    known = [n for n, s in model.items() if s["type"] == "sample" and s["is_observed"]]
+    known = [n for n in known if not n.endswith("_observed")]  # what is known of a label
+    check_known([name], known, "an observed site of the model", InputError)
+    return model[name]["fn"]
 
 
 def _at_samples(

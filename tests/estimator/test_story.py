@@ -268,6 +268,25 @@ def test_a_second_observed_site_is_a_reconstruction(models):
     assert last["reconstruction"] == pytest.approx(both, rel=1e-6)
 
 
+def test_any_observed_site_is_drawn_from(models):
+    """Poisson counts at the rates that the model has at draws of z; other sites are refused."""
+    model = models["protein"]
+    drawn = model.posterior_predictive_sample(n_samples=400, site="protein", seed=0)
+    assert drawn.shape == (60, 3, 400)
+    vae, cells = model.module, model._data[np.arange(60)]
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        rates = vae.log_rate(vae.q_z(cells).sample((4000,))).exp().mean(0)
+    np.testing.assert_allclose(drawn.mean((0, 2)), rates.mean(0), rtol=0.1)
+    assert model.posterior_predictive_sample(site="protein").shape == (60, 3)
+    with pytest.raises(InputError, match="'protien' is not an observed site.*did you mean"):
+        model.posterior_predictive_sample(site="protien")
+    with pytest.raises(InputError, match="'z' is not an observed site"):
+        model.posterior_predictive_sample(site="z")
+    with pytest.raises(InputError, match="has no genes; leave it out"):
+        model.posterior_predictive_sample(site="protein", gene_list=["gene1"])
+
+
 def test_marginal_likelihood_is_of_both_modalities(models):
     """Nested sampling, exact over y, against the importance weights of whole traces."""
     vae = copy.deepcopy(models["protein"].module)
