@@ -57,8 +57,9 @@ from pyro_scanvi.model.likelihoods import (
     reads_label,
 )
 from pyro_scanvi.model.networks import CountDecoder, NormalNetwork
-from pyro_scanvi.model.pyro_internals import announce
+from pyro_scanvi.model.pyro_internals import announce, samples
 from pyro_scanvi.model.scvi_interface import PiecewiseInterface
+from pyro_scanvi.validation import InputError
 
 N_DRAWS_OF_A_POINT = 100
 
@@ -428,6 +429,47 @@ class SCANVAE(PiecewiseInterface):
         ):
             yield
 
+    def prior(
+        self, n_cells: int, batch: int = 0, library: float | None = None
+    ) -> dict[str, Tensor]:
+        """The story told without data: draws of every site of the model, in eval mode.
+
+        Parameters
+        ----------
+        n_cells
+            Number N of cells.
+        batch
+            Code of their batch; other covariates are 0.
+        library
+            Size of each cell in counts; of a latent library None draws it.
+
+        Returns
+        -------
+        dict
+            ``u`` and ``z`` (N, K), ``y`` as one-hot (N, L), ``x`` (N, G), ``l`` (N, 1) where it is
+            drawn, further observed sites, and those that all cells share.
+
+        Raises
+        ------
+        InputError
+            If there is no such batch, or no `library` where the model reads it from the counts.
+        """
+        if library is None and not self.latent_library:
+            raise InputError("the model reads the library; give library=, the counts of a cell")
+        ones = self.y_prior.new_ones(n_cells, 1)
+        cells = self.cells(
+            ones.expand(-1, self.n_input) * 0,
+            torch.full_like(ones, batch),
+            cont_covs=ones.expand(-1, self.n_continuous_cov) * 0 if self.n_continuous_cov else None,
+            cat_covs=ones.expand(-1, len(self.n_cats_per_cov)) * 0 if self.n_cats_per_cov else None,
+            size_factors=False,
+        )
+        cells.size_factor = None if library is None else library * ones
+        with torch.no_grad(), evaluated(self):
+            trace = poutine.trace(poutine.uncondition(self.model)).get_trace(cells)
+        parts = ("cells", "y_observed", "y_unobserved")  # of the site y, and the plate
+        return {name: value for name, value in samples(trace).items() if name not in parts}
+
     # ---- how it grows -----------------------------------------------------------------------
 
     def growth(self) -> dict[str, Growth]:
@@ -451,6 +493,17 @@ class SCANVAE(PiecewiseInterface):
             "library_log_vars": ByBatch(dim=0, start=from_the_data),
             **told(self),
         }
+
+
+@contextmanager
+def evaluated(module: nn.Module) -> Iterator[None]:
+    """In eval mode; the mode that was found comes back."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def sample_shared(shared: Mapping[str, TorchDistribution], cells: Cells) -> Cells:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_scanvi.data.minibatches import CellData, Cells, ordered_loader
 from pyro_scanvi.model.likelihoods import CountParameters
 from pyro_scanvi.model.pyro_internals import Site, samples, sites
-from pyro_scanvi.model.scanvae import SCANVAE
+from pyro_scanvi.model.scanvae import SCANVAE, evaluated
 from pyro_scanvi.threads import as_told
 from pyro_scanvi.validation import InputError, check_at_least, check_seed, positions_of
 
@@ -179,10 +179,5 @@ def seeded(seed: int | None) -> Iterator[None]:
 @contextmanager
 def evaluating(vae: SCANVAE) -> Iterator[None]:
     """Without gradients, in eval mode and on the threads that torch was told; all is restored."""
-    training = vae.training
-    vae.eval()
-    try:
-        with torch.no_grad(), as_told():
-            yield
-    finally:
-        vae.train(training)
+    with evaluated(vae), torch.no_grad(), as_told():
+        yield

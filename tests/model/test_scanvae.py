@@ -12,7 +12,7 @@ from pyro.infer import SVI, Predictive, TraceEnum_ELBO
 from pyro.infer.inspect import get_model_relations
 from torch import nn
 
-from pyro_scanvi import SCANVAE
+from pyro_scanvi import SCANVAE, InputError
 from tests.examples import SIZES, random_cells, small_vae
 
 LATENT_LIBRARY = {
@@ -329,3 +329,55 @@ def test_pyro_draws_it():
     assert set(relations["observed"]) >= {"x"}
     assert set(relations["sample_sample"]["x"]) >= {"z"}
     assert set(relations["param_constraint"]) >= {"scanvae.z_encoder.mean.weight"}
+
+
+# ---- the story without data ---------------------------------------------------------------------
+
+
+def test_prior_draws_have_the_moments_of_the_factors():
+    """4,000 cells; each figure is a mean that lies within five standard errors."""
+    vae = small_vae(y_prior=[0.7, 0.2, 0.1], gene_likelihood="nb", n_batch=2)
+    vae.dispersion.log_theta.data.fill_(2.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = vae.prior(4000, batch=1, library=50.0)
+    assert vae.training and set(drawn) == {"u", "y", "z", "x"}
+    assert {k: tuple(v.shape) for k, v in drawn.items()} == {
+        "u": (4000, 4),
+        "y": (4000, 3),
+        "z": (4000, 4),
+        "x": (4000, 20),
+    }
+    np.testing.assert_allclose(drawn["u"].mean(0), 0, atol=5 / 4000**0.5)
+    np.testing.assert_allclose(drawn["y"].mean(0), vae.y_prior, atol=5 * 0.5 / 4000**0.5)
+    # NB: the variance of a total is at most 50 + 50^2 / theta, theta = e^2.
+    error = ((50 + 50**2 / np.exp(2)) / 4000) ** 0.5
+    assert drawn["x"].sum(-1).mean().item() == pytest.approx(50, abs=5 * error)
+    with torch.no_grad():
+        normal = vae.eval().p_z(drawn["u"], drawn["y"], None)
+    standard = (drawn["z"] - normal.base_dist.loc) / normal.base_dist.scale
+    np.testing.assert_allclose(standard.mean(0), 0, atol=5 / 4000**0.5)
+
+
+def test_prior_draws_of_a_latent_library_and_covariates():
+    vae = small_vae(
+        use_observed_lib_size=False,
+        library_log_means=[3.0],
+        library_log_vars=[0.04],
+        n_continuous_cov=1,
+        n_cats_per_cov=[2],
+    ).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = vae.prior(4000)
+    assert not vae.training
+    log_library = drawn["l"].log()
+    assert log_library.mean().item() == pytest.approx(3.0, abs=5 * 0.2 / 4000**0.5)
+    assert log_library.std().item() == pytest.approx(0.2, rel=0.1)
+
+
+def test_prior_draws_need_a_library_and_a_batch():
+    with pytest.raises(InputError, match="give library="):
+        small_vae().prior(3)
+    with pytest.raises(InputError, match="batch holds codes from 2"):
+        small_vae(n_batch=2).prior(3, batch=2, library=10.0)
