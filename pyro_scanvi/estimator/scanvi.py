@@ -476,7 +476,7 @@ class SCANVI(
         """Number of epochs in the history."""
         return runs.epochs_in(self.history.to_dict("records"))
 
-    # What users of scvi-tools know, each in a line or two; scvi_names.py says what is not here.
+    # What users of scvi-tools know, each in a line or two; scvi_tools/names.py knows the rest.
 
     def __getattr__(self, name: str) -> Any:
         raise scvi_names.missing(type(self).__name__, name)
@@ -538,10 +538,10 @@ class SCANVI(
         return np.setdiff1d(np.arange(len(self._data)), np.concatenate(self._split()))
 
     def _split(self) -> tuple[np.ndarray, np.ndarray]:
-        course = self.training_settings
-        if not course:
+        settings = self.training_settings
+        if not settings:
             raise AttributeError  # Python then asks __getattr__, which knows what to say
-        shares = course["train_size"], course["split_seed"], course["validation_size"]
+        shares = settings["train_size"], settings["split_seed"], settings["validation_size"]
         return split(self._data.label, *shares)
 
     @staticmethod
