@@ -8,6 +8,13 @@ import pyro
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import (
+    Dirichlet,
+    Normal,
+    OneHotCategorical,
+    TransformedDistribution,
+)
+from pyro.distributions.transforms import ExpTransform
 from pyro.infer import SVI, Predictive, TraceEnum_ELBO
 from pyro.infer.inspect import get_model_relations
 from torch import nn
@@ -381,3 +388,42 @@ def test_prior_draws_need_a_library_and_a_batch():
         small_vae().prior(3)
     with pytest.raises(InputError, match="batch holds codes from 2"):
         small_vae(n_batch=2).prior(3, batch=2, library=10.0)
+
+
+# ---- hooks that SCANVAE itself leaves empty -----------------------------------------------------
+
+
+class SharedFrequencies(SCANVAE):
+    """One draw of label frequencies for all cells."""
+
+    def p_shared(self):
+        return {"pi": Dirichlet(torch.ones(self.n_labels))}
+
+    def q_shared(self):
+        return {"pi": Dirichlet(torch.tensor([5.0, 2.0, 1.0]))}
+
+    def p_y(self, cells):
+        return OneHotCategorical(cells.shared["pi"])
+
+
+def test_a_shared_site_is_sampled_once_and_seen_by_the_factors():
+    vae = SharedFrequencies(**SIZES)
+    cells = random_cells(vae)
+    guide = poutine.trace(vae.guide).get_trace(cells)
+    model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(cells)
+    pi = model.nodes["pi"]["value"]
+    assert pi.shape == (3,) and torch.equal(pi, guide.nodes["pi"]["value"])
+    assert [p.name for p in model.nodes["pi"]["cond_indep_stack"]] == []
+    assert torch.allclose(model.nodes["y_unobserved"]["fn"].probs, pi)
+    assert cells.shared == {}
+
+
+def test_the_point_of_a_posterior_without_a_mean_is_a_mean_of_draws():
+    """exp(N(1, 0.1^2)) has the mean exp(1.005); 100 draws of it have an error of 0.027."""
+    normal = Normal(torch.ones(6, 4), 0.1)
+    pushed = TransformedDistribution(normal, [ExpTransform()]).to_event(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        point = small_vae().latent_point(pushed)
+    np.testing.assert_allclose(point, np.exp(1.005), atol=5 * 0.028)
+    assert torch.equal(small_vae().latent_point(normal.to_event(1)), normal.mean)
