@@ -401,7 +401,7 @@ class SCANVI(
 
         Raises
         ------
-        InputError, ValueError, TypeError
+        InputError, TypeError
             For arguments that make no sense, such as early stopping by cells that are never
             scored; nothing is computed then.
         NonFiniteError

@@ -95,7 +95,7 @@ class GeneLikelihood:
 
 
 def elementwise(distribution: Distribution) -> Distribution:
-    """The distribution of each gene, where they are independent."""
+    """The distribution of each gene or dimension, where they are independent."""
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
     return distribution

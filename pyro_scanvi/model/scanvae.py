@@ -456,15 +456,16 @@ class SCANVAE(PiecewiseInterface):
         """
         if library is None and not self.latent_library:
             raise InputError("the model reads the library; give library=, the counts of a cell")
-        ones = self.y_prior.new_ones(n_cells, 1)
+        zeros, n_categorical = self.y_prior.new_zeros, len(self.n_cats_per_cov)
         cells = self.cells(
-            ones.expand(-1, self.n_input) * 0,
-            torch.full_like(ones, batch),
-            cont_covs=ones.expand(-1, self.n_continuous_cov) * 0 if self.n_continuous_cov else None,
-            cat_covs=ones.expand(-1, len(self.n_cats_per_cov)) * 0 if self.n_cats_per_cov else None,
+            zeros(n_cells, self.n_input),
+            zeros(n_cells) + batch,
+            cont_covs=zeros(n_cells, self.n_continuous_cov) if self.n_continuous_cov else None,
+            cat_covs=zeros(n_cells, n_categorical) if n_categorical else None,
             size_factors=False,
         )
-        cells.size_factor = None if library is None else library * ones
+        if library is not None:
+            cells = replace(cells, size_factor=zeros(n_cells, 1) + library)
         with torch.no_grad(), evaluated(self):
             trace = poutine.trace(poutine.uncondition(self.model)).get_trace(cells)
         parts = ("cells", "y_observed", "y_unobserved")  # of the site y, and the plate

@@ -101,7 +101,7 @@ def log_joint(
     vae
         The model, in eval mode.
     cells
-        A minibatch.
+        A minibatch, with a value of what all cells share; see over_minibatches.
     n_samples, n_inner_samples
         Draws of z and l for each cell, S, and of u for each of them and each label, M.
     n_per_pass
@@ -112,7 +112,6 @@ def log_joint(
     Tensor
         (N, L) in nats, float64: sums over thousands of genes lose digits in float32.
     """
-    _check_story(vae)
     y = _every_label(vae, len(cells))  # L, 1, N, L
     if n_per_pass is None:
         n_per_pass = at_once(_numbers_per_draw(vae, cells, n_inner_samples), PASS_ELEMENTS)
@@ -219,6 +218,7 @@ def _over_log_joint(
     def ask(cells: Cells) -> Tensor:
         return answer(cells, log_joint(vae, cells, n_samples, n_inner_samples))
 
+    _check_story(vae)
     batch_size = min(batch_size, _cells_per_pass(vae, data, n_inner_samples))
     return over_minibatches(vae, data, batch_size, ask)
 
@@ -226,13 +226,13 @@ def _over_log_joint(
 def _cells_per_pass(vae: SCANVAE, data: CellData, n_inner_samples: int) -> int:
     """How many cells keep the tensors of one draw of z within `PASS_ELEMENTS`."""
     with evaluating(vae):
-        cell = data[np.arange(1)].to(vae.y_prior.device)
+        cell = at_shared_points(vae, data[np.arange(1)].to(vae.y_prior.device))
         return at_once(_numbers_per_draw(vae, cell, n_inner_samples), PASS_ELEMENTS)
 
 
 def _numbers_per_draw(vae: SCANVAE, cells: Cells, n_inner_samples: int) -> int:
     """Size of the largest tensor of one draw of z for each cell."""
-    z, cells = vae.y_prior.new_zeros(1, len(cells), vae.n_latent), at_shared_points(vae, cells)
+    z = vae.y_prior.new_zeros(1, len(cells), vae.n_latent)
     p_x = vae.p_x(z, torch.ones_like(z[..., :1]), _every_label(vae, len(cells)), cells)
     # The batch shape has L times the cells where p(x) depends on the label.
     counts = p_x.batch_shape.numel() * vae.n_input

@@ -9,9 +9,10 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 
 from pyro_scanvi.data.minibatches import Cells
+from pyro_scanvi.model.likelihoods import elementwise
 from pyro_scanvi.names import first
 
 
@@ -121,13 +122,13 @@ class _Finder(Messenger):
 
     def _pyro_sample(self, msg: dict) -> None:
         if isinstance(msg["fn"], Distribution):
-            for name, parameter in _parameters(_elementwise(msg["fn"])).items():
+            for name, parameter in _parameters(elementwise(msg["fn"])).items():
                 self._look(msg["name"], name, parameter)
 
     def _pyro_post_sample(self, msg: dict) -> None:
         if not isinstance(msg["fn"], Distribution):  # a plate
             return
-        fn = _elementwise(msg["fn"])
+        fn = elementwise(msg["fn"])
         log_prob = fn.log_prob(msg["value"])
         self._look(msg["name"], "log probability", log_prob)
         parameters = {k: v for k, v in _parameters(fn).items() if v.requires_grad}
@@ -150,12 +151,6 @@ class _Finder(Messenger):
         cells = np.empty(0, dtype=int) if shared else np.flatnonzero(bad.any(1))
         self.fault = Fault(site, what, cells, np.flatnonzero(bad.any(0)))
         raise _Found
-
-
-def _elementwise(distribution: Distribution) -> Distribution:
-    while isinstance(distribution, Independent):
-        distribution = distribution.base_dist
-    return distribution
 
 
 def _parameters(distribution: Distribution) -> dict[str, Tensor]:
