@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 Counts: TypeAlias = csr_matrix | np.ndarray
 
 UNLABELED = -1
+LOG_IMPOSSIBLE = -1e20  # finite: it is multiplied by probabilities that are 0
 SMALLEST_LIBRARY_VARIANCE = 1e-4
 CELLS_AT_ONCE = 4096  # in float64
 
@@ -29,7 +30,7 @@ class Cells:
     batch
         Code of the biological batch, (N,).
     label
-        Code of the label, (N,); ``UNLABELED`` (-1) where it is not known.
+        Code of the label, (N,); ``UNLABELED`` (-1) where it is not known exactly.
     index
         Position of each cell in the data set that the minibatch was drawn from, (N,).
     n_obs
@@ -42,7 +43,12 @@ class Cells:
         Weight of each cell in the objective, (N,); None is 1. A weight of 2 is as if the cell were
         there twice.
     classified
-        Whether each labelled cell counts in the classification term, (N,); None is all of them.
+        Whether each cell may count in the classification term, (N,); None is all of them.
+    evidence
+        log p(what is known of the label | label) of each label, (N, L), where that may be a set of
+        labels or a soft label; None where :attr:`label` says all.
+    annotations
+        Codes of the labels that further annotators gave, (N, A); ``UNLABELED`` where none.
     shared
         Draws of the sites outside the plate, by name; model and guide put them there.
     """
@@ -57,6 +63,8 @@ class Cells:
     size_factor: Tensor | None = None
     weight: Tensor | None = None
     classified: Tensor | None = None
+    evidence: Tensor | None = None
+    annotations: Tensor | None = None
     shared: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -78,12 +86,26 @@ class Cells:
 
     @property
     def labelled(self) -> Tensor:
-        """Whether the label of each cell is known, (N,)."""
+        """Whether the label of each cell is known exactly, (N,)."""
         return self.label != UNLABELED
 
+    def label_evidence(self, n_labels: int) -> Tensor:
+        """log p(what is known of the label | label) by each annotator, (1 + A, N, L).
+
+        Zeros where nothing is known; 0 at an exact label and ``LOG_IMPOSSIBLE`` elsewhere.
+        """
+        first = self.evidence
+        if first is None:
+            first = exact_evidence(self.label, n_labels, self.x.dtype)
+        if self.annotations is None:
+            return first.unsqueeze(0)
+        further = exact_evidence(self.annotations.T, n_labels, self.x.dtype)
+        return torch.cat([first.unsqueeze(0), further])
+
     def hide_labels(self) -> "Cells":
-        """The same cells, none of them labelled."""
-        return replace(self, label=torch.full_like(self.label, UNLABELED))
+        """The same cells, nothing known of their labels."""
+        hidden = torch.full_like(self.label, UNLABELED)
+        return replace(self, label=hidden, evidence=None, annotations=None)
 
     def to(self, *args, **kwargs) -> "Cells":
         """Move every tensor to a device; arguments of :meth:`torch.Tensor.to`."""
@@ -96,6 +118,20 @@ class Cells:
 
     def __len__(self) -> int:
         return len(self.x)
+
+
+def exact_evidence(label: Tensor, n_labels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Log probability of an exact label given each label, (..., L); zeros where unlabelled.
+
+    Examples
+    --------
+    >>> exact_evidence(torch.tensor([1, UNLABELED]), n_labels=2).exp()
+    tensor([[0., 1.],
+            [1., 1.]])
+    """
+    other = torch.arange(n_labels, device=label.device) != label.unsqueeze(-1)
+    impossible = other & (label != UNLABELED).unsqueeze(-1)
+    return impossible * torch.full((), LOG_IMPOSSIBLE, dtype=dtype, device=label.device)
 
 
 @dataclass(frozen=True)
@@ -115,6 +151,8 @@ class CellData(Dataset):
         Further covariates, (N, C) and (N, D), and size factors, (N, 1); None where not used.
     weight
         Weight of each cell in the objective, (N,); None is 1.
+    evidence, annotations
+        As in :class:`Cells`, (N, L) and (N, A); None where labels are exact and of one annotator.
     """
 
     counts: Counts
@@ -124,6 +162,8 @@ class CellData(Dataset):
     categorical: np.ndarray | None = None
     size_factor: np.ndarray | None = None
     weight: np.ndarray | None = None
+    evidence: np.ndarray | None = None
+    annotations: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.counts.shape[0]
@@ -226,8 +266,11 @@ def balanced_draw(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def subsampled_labels(label: np.ndarray, n_per_label: int, rng: np.random.Generator) -> np.ndarray:
-    """At most so many cells of each label, drawn without replacement, as a mask (N,)."""
-    chosen = np.zeros(len(label), dtype=bool)
+    """At most so many cells of each label, drawn without replacement, as a mask (N,).
+
+    Cells without an exact label are all in it.
+    """
+    chosen = label == UNLABELED
     for code in np.unique(label[label != UNLABELED]):
         chosen[rng.permutation(np.flatnonzero(label == code))[:n_per_label]] = True
     return chosen

@@ -6,10 +6,11 @@ For a minibatch of cells, the loss is
 
     \frac1N \Big[ -\log p(x \mid z, l) + \log q(z \mid x) - \log p(z \mid u, y)
         + w \big( \mathrm{KL}_u + \mathrm{KL}_y + \mathrm{KL}_l \big) \Big]
-    + r \cdot \mathrm{CE}\big(q(y \mid \mathbb E\, q(z \mid x)),\ y\big)
+    - r \cdot \log \sum_y q(y \mid \mathbb E\, q(z \mid x))\, p(e \mid y)
 
-in nats per cell, with the expectation over an unknown label exact, w the KL weight, r the
-classification ratio, and the cross-entropy averaged over the labelled cells of the minibatch.
+in nats per cell, with the expectation over the label exact, w the KL weight, r the classification
+ratio, and e what is known of the label: the last term is the cross-entropy where that is an exact
+label, and is averaged over the cells of the minibatch of whose label anything is known.
 Where cells have weights, each cell's term counts as often as its weight says, in both averages.
 Further observed sites add their -log p. Sites that all cells share, outside the plate, add
 :math:`w\,\mathrm{KL} / N`, in closed form where one is known.
@@ -25,9 +26,8 @@ from pyro.infer.elbo import ELBOModule
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
-from torch.nn.functional import cross_entropy
 
-from pyro_scanvi.data.minibatches import UNLABELED, Cells
+from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.pyro_internals import RevisedELBO, Site, set_log_prob, sites
 
 SMALLEST_WEIGHT = 1e-30  # a minibatch without labels has no classification term
@@ -50,7 +50,10 @@ class ObjectiveParts:
     n_obs
         Number of cells that share those.
     classification
-        Cross-entropy of q(y | E z) at the label of each cell; 0 where there is no label.
+        -log sum_y q(y | E z) p(e | y) of each cell, the cross-entropy at an exact label; 0 where
+        nothing is known of the label.
+    informative
+        Whether anything is known of the label of each cell.
     logits
         Logits of q(y | E z), (N, L); None without a classifier.
     """
@@ -61,6 +64,7 @@ class ObjectiveParts:
     kl_shared: dict[str, Tensor]
     n_obs: int
     classification: Tensor
+    informative: Tensor
     logits: Tensor | None
 
     @property
@@ -117,6 +121,9 @@ class SemiSupervisedELBO(RevisedELBO):
         Sites whose KL is weighted by w, beside those outside the plate.
     point
         From q(z | x) to the z that is classified: its mean, or :meth:`SCANVAE.latent_point`.
+    evidence
+        From cells to log p(e | y), (N, L), in the classification term: :meth:`SCANVAE.evidence`,
+        which knows of label noise; None takes labels as they are given.
 
     Examples
     --------
@@ -139,8 +146,9 @@ class SemiSupervisedELBO(RevisedELBO):
         feed_labels: bool = True,
         kl_weight: float = 1.0,
         closed_form: Iterable[str] = ("u", "l"),
-        weighted: Iterable[str] = ("u", "y_unobserved", "y_observed", "l"),
+        weighted: Iterable[str] = ("u", "y", "l"),
         point: Callable[[TorchDistribution], Tensor] = attrgetter("mean"),
+        evidence: Callable[[Cells], Tensor] | None = None,
     ):
         super().__init__(max_plate_nesting=1)
         self.classifier = classifier
@@ -150,6 +158,7 @@ class SemiSupervisedELBO(RevisedELBO):
         self.closed_form = frozenset(closed_form)
         self.weighted = frozenset(weighted)
         self.point = point
+        self.evidence = evidence
 
     def __call__(self, model: Callable, guide: Callable) -> BoundModule:
         """Bind to a model and a guide, for use under a torch optimiser."""
@@ -160,23 +169,29 @@ class SemiSupervisedELBO(RevisedELBO):
         seen = cells if self.feed_labels else cells.hide_labels()
         model_trace, guide_trace = self.traces(model, guide, seen)
         elbo = self.bound(model_trace, guide_trace) / cells.n_obs
-        logits, wrong = self._classify(guide_trace, cells)
-        weight = _classification_weight(cells)
+        wrong, informative, logits = self._classify(guide_trace, cells)
+        weight = _classification_weight(cells, informative)
         classification = (weight * wrong).sum() / weight.sum().clamp(min=SMALLEST_WEIGHT)
         loss = self.classification_ratio * classification - elbo
         with torch.no_grad():
             costs = _expected_costs(model_trace, guide_trace, len(cells))
-        return ObjectiveParts(loss, *costs, cells.n_obs, wrong.detach(), logits)
+        return ObjectiveParts(loss, *costs, cells.n_obs, wrong.detach(), informative, logits)
 
-    def _classify(self, guide_trace: Trace, cells: Cells) -> tuple[Tensor | None, Tensor]:
-        """Logits at the mean of q(z | x), and the cross-entropy of each cell, (N,)."""
+    def _classify(self, guide_trace: Trace, cells: Cells) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Cost of each cell at the point of q(z | x), whether it has one, and logits."""
         if self.classifier is None:
-            return None, cells.x.new_zeros(len(cells))
+            nothing = cells.x.new_zeros(len(cells))
+            return nothing, nothing.bool(), None
         posterior = sites(guide_trace)
         shared = {name: s["value"] for name, s in posterior.items() if _is_shared(s)}
-        z = self.point(posterior["z"]["fn"])
-        logits = self.classifier(z, replace(cells, shared=shared)).logits
-        return logits, cross_entropy(logits, cells.label, ignore_index=UNLABELED, reduction="none")
+        cells = replace(cells, shared=shared)
+        q_y = self.classifier(self.point(posterior["z"]["fn"]), cells)
+        return *classification_cost(q_y, self._evidence(cells, q_y.logits.shape[-1])), q_y.logits
+
+    def _evidence(self, cells: Cells, n_labels: int) -> Tensor:
+        if self.evidence is None:
+            return cells.label_evidence(n_labels).sum(0)
+        return self.evidence(cells)
 
     def differentiable_loss(self, model, guide, cells: Cells) -> Tensor:
         """The loss, a scalar with a gradient."""
@@ -203,9 +218,16 @@ class SemiSupervisedELBO(RevisedELBO):
                 _weigh(p[name], q.get(name), self.kl_weight)
 
 
-def _classification_weight(cells: Cells) -> Tensor:
-    """Weight of each cell in the classification term, (N,); 0 where there is no label."""
-    counted = cells.labelled if cells.classified is None else cells.labelled & cells.classified
+def classification_cost(q_y: OneHotCategorical, evidence: Tensor) -> tuple[Tensor, Tensor]:
+    """-log sum_y q(y | z) p(e | y) of each cell, and whether anything is known, (N,) each."""
+    informative = (evidence != 0).any(-1)
+    cost = -(q_y.logits + evidence).logsumexp(-1)
+    return torch.where(informative, cost, torch.zeros_like(cost)), informative
+
+
+def _classification_weight(cells: Cells, informative: Tensor) -> Tensor:
+    """Weight of each cell in the classification term, (N,); 0 where nothing is known."""
+    counted = informative if cells.classified is None else informative & cells.classified
     return counted.to(cells.x.dtype) if cells.weight is None else counted * cells.weight
 
 
@@ -247,10 +269,8 @@ def _expected_costs(
             shared[name] = cost.sum()
             continue
         cell = (weight * cost).reshape(-1, n_cells).sum(0)
-        variable = name.removesuffix("_unobserved").removesuffix("_observed")
-        is_data = site["is_observed"] and variable == name
-        place = observed if is_data else latent
-        place[variable] = place.get(variable, 0.0) + cell
+        place = observed if site["is_observed"] else latent
+        place[name] = cell
     return observed, latent, shared
 
 

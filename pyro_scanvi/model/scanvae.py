@@ -4,12 +4,14 @@ r"""scANVI as a Pyro program: one method for each factor of the model p and of t
 
     u &\sim \mathcal N(0, I) && \text{state within a cell type} \\
     y &\sim \mathrm{Categorical}(\pi) && \text{cell type} \\
+    e \mid y &\sim p(e \mid y) && \text{what is known of the type: a label, a set, nothing} \\
     z \mid u, y &\sim \mathcal N(\mu_z(u, y), \sigma_z^2(u, y)) && \text{cell state} \\
     l \mid s &\sim \mathrm{LogNormal}(m_s, v_s) && \text{library size, unless it is observed} \\
     x_g \mid z, l, s, c &\sim \mathrm{ZINB}(l\,\rho_g(z, s, c),\ \theta_g,\ h_g(z, s, c))
         && \text{counts}
 
-with the guide :math:`q(z \mid x, s, c)\, q(y \mid z)\, q(u \mid z, y)\, q(l \mid x, s, c)`.
+with the guide :math:`q(z \mid x, s, c)\, q(y \mid z, e)\, q(u \mid z, y)\, q(l \mid x, s, c)`,
+where :math:`q(y \mid z, e) \propto q(y \mid z)\, p(e \mid y)`: a known label is a point.
 Batch is s, further covariates are c. Xu et al. (2021), Mol Syst Biol 17:e9620; Kingma et al.
 (2014), arXiv 1406.5298 (M1+M2); Lopez et al. (2018), Nat Methods 15:1053 (scVI).
 """
@@ -49,6 +51,7 @@ from pyro_scanvi.model.growth import (
     label_prior,
     told,
 )
+from pyro_scanvi.model.label_noise import LABEL_NOISE, LabelNoise, LabelSizes
 from pyro_scanvi.model.likelihoods import (
     DISPERSIONS,
     CountParameters,
@@ -124,6 +127,13 @@ class SCANVAE(PiecewiseInterface):
         "one-hot" or "embedding".
     batch_embedding_kwargs
         ``embedding_dim``, 5 by default.
+    label_noise
+        How given labels err: "none"; "rate", a learned rate of errors; "learned", a learned
+        confusion matrix; "dirichlet", one with a posterior; or a callable from
+        :class:`~pyro_scanvi.model.label_noise.LabelSizes` to a part, such as
+        :class:`~pyro_scanvi.model.label_noise.FixedNoise`.
+    n_annotators
+        Number of annotators, each of whom has a noise of its own.
     extra_encoder_kwargs, extra_decoder_kwargs
         ``activation`` and ``bias`` of the hidden layers of the encoders of z and l, and of the
         decoder of x.
@@ -196,11 +206,13 @@ class SCANVAE(PiecewiseInterface):
         batch_embedding_kwargs: Mapping[str, Any] | None = None,
         extra_encoder_kwargs: Mapping[str, Any] | None = None,
         extra_decoder_kwargs: Mapping[str, Any] | None = None,
+        label_noise: str | Callable[[LabelSizes], LabelNoise] = "none",
+        n_annotators: int = 1,
         **unknown: Any,
     ):
         super().__init__()
         validation.check_arguments(SCANVAE, unknown)
-        validation.check_at_least(1, n_latent=n_latent)
+        validation.check_at_least(1, n_latent=n_latent, n_annotators=n_annotators)
         categories = tuple(n_cats_per_cov or ())
         sizes = DataSizes(n_input, n_batch, n_labels, n_continuous_cov, categories)
         layers = Layers(n_hidden, n_layers, dropout_rate, use_batch_norm, use_layer_norm)
@@ -213,6 +225,8 @@ class SCANVAE(PiecewiseInterface):
             use_observed_lib_size, use_size_factor_key, library_log_means, library_log_vars
         )
         self.register_buffer("y_prior", arguments.checked_label_prior(y_prior, n_labels))
+        make_noise = validation.look_up(LABEL_NOISE, label_noise, "label_noise")
+        self.label_noise = make_noise(LabelSizes(n_labels, n_annotators))
         self.state = latent_transform(latent_distribution)
         self.covariates = covariate_encoder(sizes, batch_representation, batch_embedding_kwargs)
         self._build_encoders(layers, var_activation or torch.exp, extra_encoder_kwargs)
@@ -278,12 +292,8 @@ class SCANVAE(PiecewiseInterface):
         cells = sample_shared(self.p_shared(), cells)
         with self.plate(cells):
             u = pyro.sample("u", self.p_u(cells))  # N | K
-            y = pyro.sample(  # N | L
-                "y",
-                self.p_y(cells),
-                obs=self.one_hot_labels(cells),
-                obs_mask=cells.labelled,  # type: ignore[arg-type]  # comparisons are Tensors
-            )
+            y = pyro.sample("y", self.p_y(cells))  # N | L
+            pyro.factor("label", (y * self.evidence(cells)).sum(-1))
             z = pyro.sample("z", self.p_z(u, y, cells))  # N | K
             library = self.observed_library(cells)  # N, 1
             if library is None:
@@ -294,9 +304,10 @@ class SCANVAE(PiecewiseInterface):
     def p_shared(self) -> dict[str, TorchDistribution]:
         """p of what all cells share, by site; its draws come to all factors as ``cells.shared``.
 
-        None here. For each site there is one in :meth:`q_shared`.
+        Those of the label noise, mostly none; for each site there is one in :meth:`q_shared`. Add
+        to them: ``return super().p_shared() | {"pi": ...}``.
         """
-        return {}
+        return self.label_noise.p_shared()
 
     def p_u(self, cells: Cells) -> TorchDistribution:
         """p(u) = N(0, I), the state of a cell within its type; batch () event (K,)."""
@@ -306,6 +317,15 @@ class SCANVAE(PiecewiseInterface):
     def p_y(self, cells: Cells) -> TorchDistribution:
         """p(y) = Categorical(pi), the cell type as one-hot; batch () event (L,)."""
         return OneHotCategorical(self.y_prior)
+
+    def evidence(self, cells: Cells) -> Tensor:
+        """log p(e | y), what is known of the label e given each label y, (..., N, L).
+
+        Zeros where nothing is known, 0 at an exact label and a very negative number elsewhere, in
+        between for sets of labels, soft labels and noise; see
+        :mod:`pyro_scanvi.model.label_noise`.
+        """
+        return self.label_noise(cells.label_evidence(self.n_labels), cells.shared)
 
     def p_z(self, u: Tensor, y: Tensor, cells: Cells) -> TorchDistribution:
         """p(z | u, y) = N(mu_z(u, y), sigma_z^2(u, y)), cell state; batch (..., N) event (K,)."""
@@ -345,22 +365,20 @@ class SCANVAE(PiecewiseInterface):
     # ---- the guide: q(z | x, s, c) q(y | z) q(u | z, y) q(l | x, s, c) -----------------------
 
     def guide(self, cells: Cells) -> None:
-        """The variational posterior of a minibatch; unknown labels are enumerated in parallel."""
-        labelled = cells.labelled
+        """The variational posterior of a minibatch; labels are enumerated in parallel."""
         cells = sample_shared(self.q_shared(), cells)
         with self.plate(cells):
             z = pyro.sample("z", self.q_z(cells))  # N | K
-            # Without the mask, labelled cells would gain an entropy term.
-            with poutine.mask(mask=~labelled):  # type: ignore[call-overload]
-                y = pyro.sample("y_unobserved", self.q_y(z, cells), infer={"enumerate": "parallel"})
-            y = torch.where(labelled.unsqueeze(-1), self.one_hot_labels(cells), y)  # L, N, L
+            y = pyro.sample(  # L, 1 | L
+                "y", self.q_y_given(z, cells), infer={"enumerate": "parallel"}
+            )
             pyro.sample("u", self.q_u(z, y, cells))  # L, N | K
             if self.latent_library:
                 pyro.sample("l", self.q_l(cells))  # N | 1
 
     def q_shared(self) -> dict[str, TorchDistribution]:
         """q of what all cells share, a distribution for each site of :meth:`p_shared`."""
-        return {}
+        return self.label_noise.q_shared()
 
     def q_z(self, cells: Cells) -> TorchDistribution:
         """q(z | x, s, c) = N(m(x), v(x) + 1e-4), the encoder; batch (N,) event (K,)."""
@@ -369,6 +387,13 @@ class SCANVAE(PiecewiseInterface):
     def q_y(self, z: Tensor, cells: Cells) -> OneHotCategorical:
         """q(y | z) = Categorical(softmax f(z)), the classifier; batch (..., N) event (L,)."""
         return OneHotCategorical(logits=self.classifier(self.state(z)))
+
+    def q_y_given(self, z: Tensor, cells: Cells) -> OneHotCategorical:
+        """q(y | z, e), proportional to q(y | z) p(e | y); batch (..., N) event (L,).
+
+        A point where the label is known exactly, q(y | z) where nothing is.
+        """
+        return OneHotCategorical(logits=self.q_y(z, cells).logits + self.evidence(cells))
 
     def label_logits(self, z: Tensor, cells: Cells) -> Tensor:
         """Logits of q(y | z), (..., N, L), as the classifier gives them: not normalised."""
@@ -403,6 +428,11 @@ class SCANVAE(PiecewiseInterface):
             return q_z.mean
         except NotImplementedError:
             return q_z.rsample(torch.Size([N_DRAWS_OF_A_POINT])).mean(0)
+
+    def at_shared_points(self, cells: Cells) -> Cells:
+        """The cells with one value for each site that all share: the mean of its posterior."""
+        shared = {name: self.latent_point(q) for name, q in self.q_shared().items()}
+        return replace(cells, shared=shared) if shared else cells
 
     def observed_library(self, cells: Cells) -> Tensor | None:
         """The given size or the total count of each cell, (N, 1); None if it is latent."""
@@ -468,7 +498,7 @@ class SCANVAE(PiecewiseInterface):
             cells = replace(cells, size_factor=zeros(n_cells, 1) + library)
         with torch.no_grad(), evaluated(self):
             trace = poutine.trace(poutine.uncondition(self.model)).get_trace(cells)
-        parts = ("cells", "y_observed", "y_unobserved")  # of the site y, and the plate
+        parts = ("cells", "label")  # the plate, and the evidence, of which there is none
         return {name: value for name, value in samples(trace).items() if name not in parts}
 
     # ---- how it grows -----------------------------------------------------------------------

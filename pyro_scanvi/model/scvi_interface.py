@@ -17,12 +17,11 @@ from torch.distributions import Distribution
 from torch.distributions import Independent as TorchIndependent
 from torch.distributions import LogNormal as TorchLogNormal
 from torch.distributions import Normal as TorchNormal
-from torch.nn.functional import cross_entropy
 
 from pyro_scanvi import validation
-from pyro_scanvi.data.minibatches import UNLABELED, Cells
+from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model import fitting
-from pyro_scanvi.model.objective import SemiSupervisedELBO
+from pyro_scanvi.model.objective import SemiSupervisedELBO, classification_cost
 from pyro_scanvi.scvi_tools.arguments import scanvae_arguments
 from pyro_scanvi.scvi_tools.weights import our_state, scvi_state
 from pyro_scanvi.validation import InputError
@@ -107,6 +106,14 @@ class PiecewiseInterface(nn.Module):
         """The point of q(z | x) that is classified."""
 
     @abstractmethod
+    def evidence(self, cells: Cells) -> Tensor:
+        """What is known of the label, given each label."""
+
+    @abstractmethod
+    def at_shared_points(self, cells: Cells) -> Cells:
+        """The cells with a value for each site that all share."""
+
+    @abstractmethod
     def one_hot_labels(self, cells: Cells) -> Tensor:
         """Known labels as one-hot."""
 
@@ -144,6 +151,7 @@ class PiecewiseInterface(nn.Module):
             For wrong sizes, codes out of range, or covariates other than announced.
         """
         cells = self._encoder_cells(x, batch_index, cont_covs, cat_covs)
+        cells = self.at_shared_points(cells)
         q_z = self.q_z(cells)
         z = self.latent_point(q_z) if use_posterior_mean else q_z.rsample()
         return self.label_logits(z, cells)
@@ -497,8 +505,10 @@ class PiecewiseInterface(nn.Module):
                 f"none of the {len(cells)} cells in labelled_tensors has a label in "
                 f"0..{self.n_labels - 1}; leave it out for a loss without a classification term"
             )
-        logits = self.q_y(self.latent_point(self.q_z(cells)), cells).logits
-        return cross_entropy(logits, cells.label, ignore_index=UNLABELED)
+        cells = self.at_shared_points(cells)
+        q_y = self.q_y(self.latent_point(self.q_z(cells)), cells)
+        cost, informative = classification_cost(q_y, self.evidence(cells))
+        return cost[informative].mean()
 
 
 class _Unobserved(Messenger):

@@ -19,12 +19,12 @@ from pyro_scanvi.validation import InputError, check_at_least, check_seed, posit
 
 EVALUATION_BATCH_SIZE = 512
 PLATES = ("cells", "draws")
-READ = ("z", "y_unobserved", "u", "l")  # sites that count parameters are a function of
+READ = ("z", "y", "u", "l")  # sites that count parameters are a function of
 LARGEST_PASS = 2**22  # numbers in a tensor of samples: 16 MB, large enough to keep a core busy
 
 
 class Draws:
-    """S draws of the guide for each cell; known labels stay as they are.
+    """S draws of the guide for each cell, labels by what is known of them.
 
     Attributes
     ----------
@@ -41,8 +41,7 @@ class Draws:
         drawn = samples(self.guide)
         shared = {name: drawn[name] for name in vae.q_shared()}
         self.cells = replace(cells, shared=shared)
-        self.z, known = drawn["z"], cells.labelled.unsqueeze(-1)
-        self.y = torch.where(known, vae.one_hot_labels(cells), drawn["y_unobserved"])
+        self.z, self.y = drawn["z"], drawn["y"]
         library = vae.observed_library(cells)
         self.library = drawn["l"] if library is None else library
 
@@ -91,12 +90,6 @@ def as_of_batch(cells: Cells, batch: int | None) -> Cells:
     return cells if batch is None else replace(cells, batch=torch.full_like(cells.batch, batch))
 
 
-def at_shared_points(vae: SCANVAE, cells: Cells) -> Cells:
-    """The cells with one value for each site that all of them share: the mean of its posterior."""
-    shared = {name: vae.latent_point(q) for name, q in vae.q_shared().items()}
-    return replace(cells, shared=shared) if shared else cells
-
-
 def over_minibatches(
     vae: SCANVAE,
     data: CellData,
@@ -113,7 +106,7 @@ def over_minibatches(
     result, start = np.empty(0), 0
     with evaluating(vae):
         for cells in ordered_loader(data, batch_size):
-            cells = at_shared_points(vae, cells.to(device))
+            cells = vae.at_shared_points(cells.to(device))
             answer = np.moveaxis(ask(cells).cpu().numpy(), dim, 0)
             if start == 0:
                 result = np.empty((len(data), *answer.shape[1:]), dtype=answer.dtype)

@@ -33,7 +33,6 @@ from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import (
     LARGEST_PASS,
     at_once,
-    at_shared_points,
     evaluating,
     over_minibatches,
     parts,
@@ -56,15 +55,11 @@ def marginal_log_likelihood(
 ) -> np.ndarray:
     r"""Estimate of :math:`\log p(x)` of each cell, (N,), in nats.
 
-    With `feed_labels`, of :math:`\log p(x, y)` where the label y is known.
+    With `feed_labels`, of :math:`\log p(x, e)` with what is known of the label, e.
     """
 
     def log_likelihood(cells: Cells, log_p: Tensor) -> Tensor:
-        log_evidence = log_p.logsumexp(-1)
-        if not feed_labels:
-            return log_evidence
-        at_label = log_p.gather(-1, cells.label.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return torch.where(cells.labelled, at_label, log_evidence)
+        return (log_p + vae.evidence(cells) if feed_labels else log_p).logsumexp(-1)
 
     return _over_log_joint(vae, data, batch_size, n_samples, n_inner_samples, log_likelihood)
 
@@ -75,11 +70,15 @@ def label_posterior(
     batch_size: int,
     n_samples: int,
     n_inner_samples: int = N_INNER_SAMPLES,
+    feed_labels: bool = False,
 ) -> np.ndarray:
-    r"""Bayes' rule, :math:`p(y \mid x) = p(x, y) / \sum_{y'} p(x, y')` of each cell, (N, L)."""
+    r"""Bayes' rule, :math:`p(y \mid x) = p(x, y) / \sum_{y'} p(x, y')` of each cell, (N, L).
+
+    With `feed_labels` :math:`p(y \mid x, e)`, with what is known of the label, e.
+    """
 
     def probabilities(cells: Cells, log_p: Tensor) -> Tensor:
-        return log_p.softmax(-1)
+        return (log_p + vae.evidence(cells) if feed_labels else log_p).softmax(-1)
 
     return _over_log_joint(vae, data, batch_size, n_samples, n_inner_samples, probabilities)
 
@@ -93,8 +92,8 @@ def log_joint(
 ) -> Tensor:
     r"""Estimate of :math:`\log p(x, y)` for every label y of each cell.
 
-    Known labels are not read. The same draws of z and l serve all labels, so their noise mostly
-    cancels in the odds of two labels.
+    What is known of labels is not read. The same draws of z and l serve all labels, so their noise
+    mostly cancels in the odds of two labels.
 
     Parameters
     ----------
@@ -226,7 +225,7 @@ def _over_log_joint(
 def _cells_per_pass(vae: SCANVAE, data: CellData, n_inner_samples: int) -> int:
     """How many cells keep the tensors of one draw of z within `PASS_ELEMENTS`."""
     with evaluating(vae):
-        cell = at_shared_points(vae, data[np.arange(1)].to(vae.y_prior.device))
+        cell = vae.at_shared_points(data[np.arange(1)].to(vae.y_prior.device))
         return at_once(_numbers_per_draw(vae, cell, n_inner_samples), PASS_ELEMENTS)
 
 

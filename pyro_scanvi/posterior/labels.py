@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from pyro_scanvi.data.minibatches import UNLABELED, CellData, Cells
+from pyro_scanvi.data.minibatches import CellData, Cells
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import minibatch_size, over_minibatches, seeded
 from pyro_scanvi.posterior.importance import label_posterior
@@ -52,7 +52,9 @@ class Labels(Trained):
             importance sampling (:mod:`pyro_scanvi.posterior.importance`); it never asks the
             classifier.
         keep_observed
-            Cells whose label is known keep it, with probability 1.
+            Take in what is known of the label of each cell: q(y | z, e) or p(y | x, e). An exact
+            label is kept with probability 1; within a set of labels the model chooses; of a label
+            that may be wrong (``label_noise``) it is the posterior of the label, not the noise.
         n_mc_samples
             Draws of z for each cell; read by "bayes".
         seed
@@ -72,16 +74,14 @@ class Labels(Trained):
         """
         check_at_least(1, n_mc_samples=n_mc_samples)
         methods: dict[str, Method] = {
-            "classifier": ByClassifier(use_posterior_mean),
-            "bayes": ByBayesRule(n_mc_samples),
+            "classifier": ByClassifier(use_posterior_mean, keep_observed),
+            "bayes": ByBayesRule(n_mc_samples, keep_observed),
         }
         ask = look_up(methods, method, "method")
         covariates = ask.reads_covariates(self.module)
         data, names = self.encoded(adata, indices, labels=keep_observed, covariates=covariates)
         with seeded(seed):
             probabilities = ask(self.module, data, minibatch_size(batch_size))
-        if keep_observed:
-            probabilities = with_known_labels(probabilities, data.label)
         if soft:
             return pd.DataFrame(probabilities, index=names, columns=self.fields.classes)
         return self.fields.classes[probabilities.argmax(1)]
@@ -99,18 +99,21 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class ByClassifier:
-    """q(y | z) at the mean of q(z | x), or at a sample of it."""
+    """q(y | z) at the mean of q(z | x), or at a sample; q(y | z, e) with what is known of y."""
 
     use_posterior_mean: bool
+    feed_labels: bool = False
 
     def reads_covariates(self, vae: SCANVAE) -> bool:
         return vae.encode_covariates
 
     def __call__(self, vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
+        ask = vae.q_y_given if self.feed_labels else vae.q_y
+
         def probabilities(cells: Cells) -> Tensor:
             q_z = vae.q_z(cells)
             z = vae.latent_point(q_z) if self.use_posterior_mean else q_z.sample()
-            return vae.q_y(z, cells).probs
+            return ask(z, cells).probs
 
         return over_minibatches(vae, data, batch_size, probabilities)
 
@@ -120,15 +123,12 @@ class ByBayesRule:
     """p(y | x) from the factors of the model, at some draws of z for each cell."""
 
     n_mc_samples: int
+    feed_labels: bool = False
 
     def reads_covariates(self, vae: SCANVAE) -> bool:
         return True
 
     def __call__(self, vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
-        return label_posterior(vae, data, batch_size, self.n_mc_samples)
-
-
-def with_known_labels(probabilities: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """The same probabilities, (N, L), but certainty of the label where it is known."""
-    certain = np.eye(probabilities.shape[1], dtype=probabilities.dtype)[label]
-    return np.where((label != UNLABELED)[:, None], certain, probabilities)
+        return label_posterior(
+            vae, data, batch_size, self.n_mc_samples, feed_labels=self.feed_labels
+        )

@@ -1,5 +1,6 @@
 """Scores of an epoch, summed up minibatch by minibatch."""
 
+import math
 from collections import defaultdict
 
 import torch
@@ -8,13 +9,15 @@ from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.metrics import label_scores
 from pyro_scanvi.model.objective import ObjectiveParts
 
+EVIDENCE = "label"  # the site of what is known of the label, told where it costs anything
+
 
 class EpochScores:
     """Sums over the minibatches of an epoch, and the scores of its labelled cells."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
-        self.n_cells = 0
+        self.n_cells = self.n_informative = 0
         self.labels: list[torch.Tensor] = []
         self.probabilities: list[torch.Tensor] = []
 
@@ -23,8 +26,9 @@ class EpochScores:
         self.n_cells += len(cells)
         self.sums["elbo"] += parts.elbo().sum().item()
         self.sums["reconstruction"] += parts.reconstruction.sum().item()
-        if len(parts.reconstructions) > 1:
-            for site, cost in parts.reconstructions.items():
+        told = {k: v for k, v in parts.reconstructions.items() if k != EVIDENCE or v.any()}
+        if len(told) > 1:
+            for site, cost in told.items():
                 self.sums[f"reconstruction_{site}"] += cost.sum().item()
         for cost in parts.kl_shared.values():
             self.sums["kl_shared"] += cost.item() / parts.n_obs * len(cells)
@@ -33,18 +37,23 @@ class EpochScores:
         if parts.logits is None:
             return
         self.sums["cross_entropy"] += parts.classification.sum().item()
+        self.n_informative += int(parts.informative.sum())
         labelled = cells.labelled
         self.labels.append(cells.label[labelled].cpu())
         self.probabilities.append(parts.logits.detach()[labelled].softmax(-1).cpu())
 
     def mean(self) -> dict[str, float]:
-        """Per cell: ELBO, reconstruction and KLs. Per labelled cell: the rest."""
+        """Per cell: ELBO, reconstruction and KLs. Per labelled cell: the rest.
+
+        Cross-entropy is that of all cells of whose label anything is known; the other scores are
+        of those whose label is exact.
+        """
         n_cells = max(self.n_cells, 1)
         means = {name: total / n_cells for name, total in self.sums.items()}
         if not self.labels:  # nothing was classified
             return means
+        means["cross_entropy"] = self.sums["cross_entropy"] / (self.n_informative or math.nan)
         label = torch.cat(self.labels).numpy()
         if not len(label):
-            return means | {"cross_entropy": float("nan")}
-        means["cross_entropy"] *= n_cells / len(label)
+            return means
         return means | label_scores(label, torch.cat(self.probabilities).numpy())

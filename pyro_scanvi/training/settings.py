@@ -133,7 +133,11 @@ class Plan:
     def objective(self, vae: SCANVAE) -> SemiSupervisedELBO:
         """The objective of this plan for a model."""
         return SemiSupervisedELBO(
-            vae.q_y, self.classification_ratio, self.feed_labels, point=vae.latent_point
+            vae.q_y,
+            self.classification_ratio,
+            self.feed_labels,
+            point=vae.latent_point,
+            evidence=vae.evidence,
         )
 
     def kl_weight(self, epoch: int, step: int = 0) -> float:

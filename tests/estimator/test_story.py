@@ -307,9 +307,9 @@ def test_marginal_likelihood_is_of_both_modalities(models):
 
 
 def _log_prob_of_cells(trace):
-    """Of all sites of the cells, unscaled; no label is observed."""
+    """Of all sites of the cells, unscaled; what is known of labels left out."""
     trace.compute_log_prob()
-    sites = [s for n, s in trace.nodes.items() if s["type"] == "sample" and n != "y_observed"]
+    sites = [s for n, s in trace.nodes.items() if s["type"] == "sample" and n != "label"]
     of_cells = [s for s in sites if "cells" in {p.name for p in s["cond_indep_stack"]}]
     return sum(s["unscaled_log_prob"] for s in of_cells)
 
@@ -355,7 +355,7 @@ class OwnStory(SCANVAE):
         with self.plate(cells):
             pyro.sample("w", dist.Normal(torch.ones(len(cells)), 1.0))
             z = pyro.sample("z", self.q_z(cells))
-            y = pyro.sample("y_unobserved", self.q_y(z, cells))
+            y = pyro.sample("y", self.q_y(z, cells))
             pyro.sample("u", self.q_u(z, y, cells))
 
 

@@ -46,10 +46,10 @@ def shapes(trace):
 def test_sites_of_the_model():
     vae = small_vae(**LATENT_LIBRARY)
     trace = poutine.trace(vae.model).get_trace(random_cells(vae))
-    labels = dict.fromkeys(("y", "y_observed", "y_unobserved"), ((12,), (3,)))
+    labels = {"y": ((12,), (3,)), "label": ((12,), (0,))}
     states = {"u": ((12,), (4,)), "z": ((12,), (4,)), "l": ((12,), (1,)), "x": ((12,), (20,))}
     assert shapes(trace) == labels | states
-    assert set(trace.observation_nodes) >= {"x", "y_observed"}
+    assert set(trace.observation_nodes) == {"x", "label"}
     assert len(trace.param_nodes) == len(list(vae.parameters()))
     assert "l dist 12  |  1" in trace.format_shapes()
 
@@ -62,11 +62,11 @@ def test_sites_of_the_guide():
     cell, both = (12,), (3, 12)
     assert shapes(trace) == {
         "z": (cell, (4,)),
-        "y_unobserved": (cell, (3,)),
+        "y": (cell, (3,)),
         "u": (both, (4,)),
         "l": (cell, (1,)),
     }
-    assert trace.nodes["y_unobserved"]["value"].shape == (3, 1, 3)
+    assert trace.nodes["y"]["value"].shape == (3, 1, 3)
 
 
 def test_observed_library_is_no_site():
@@ -187,7 +187,7 @@ def test_predictive_draws_from_the_prior(parallel):
         drawn = prior(cells)
     assert drawn["x"].shape == (200, 12, 20)
     assert drawn["u"].shape == drawn["z"].shape == (200, 12, 4)
-    share = drawn["y_unobserved"].mean((0, 1))
+    share = drawn["y"].mean((0, 1))
     expected = torch.tensor([0.7, 0.2, 0.1])
     assert ((share - expected).abs() < 5 * (expected * (1 - expected) / 2400).sqrt()).all()
     library = cells.x.sum(1)
@@ -414,7 +414,7 @@ def test_a_shared_site_is_sampled_once_and_seen_by_the_factors():
     pi = model.nodes["pi"]["value"]
     assert pi.shape == (3,) and torch.equal(pi, guide.nodes["pi"]["value"])
     assert [p.name for p in model.nodes["pi"]["cond_indep_stack"]] == []
-    assert torch.allclose(model.nodes["y_unobserved"]["fn"].probs, pi)
+    assert torch.allclose(model.nodes["y"]["fn"].probs, pi)
     assert cells.shared == {}
 
 
