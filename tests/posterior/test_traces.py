@@ -5,11 +5,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro import poutine
 from scipy.special import logsumexp
 from scipy.stats import norm
 
 from pyro_scanvi import SCANVAE, InputError
+from pyro_scanvi.model.scanvae import sample_shared
 from pyro_scanvi.posterior import importance
 from pyro_scanvi.posterior.traces import TraceWeights
 from tests.examples import as_they_are, random_cells, simulated, small_model, small_vae
@@ -38,33 +38,60 @@ def assert_unbiased(vae, exact, n_distinct=3, repeats=3000):
     assert (np.abs(ratio.mean(1) - 1) < SIGMAS * error).all()
 
 
+def nothing(cells):
+    """No further site."""
+
+
+class Told(SCANVAE):
+    """The story of SCANVAE, in a model and a guide of its own; each may have more of a cell."""
+
+    more_of_model = more_of_guide = staticmethod(nothing)
+
+    def model(self, cells):
+        cells = sample_shared(self.p_shared(), cells)
+        with self.plate(cells):
+            u, y = pyro.sample("u", self.p_u(cells)), pyro.sample("y", self.p_y(cells))
+            z, library = pyro.sample("z", self.p_z(u, y, cells)), self.observed_library(cells)
+            if library is None:
+                library = pyro.sample("l", self.p_l(cells))
+            for name, (p, value) in self.observed(z, library, y, cells).items():
+                pyro.sample(name, p, obs=value)
+            self.more_of_model(cells)
+
+    def guide(self, cells):
+        cells = sample_shared(self.q_shared(), cells)
+        with self.plate(cells):
+            z = pyro.sample("z", self.q_z(cells))
+            y = pyro.sample("y", self.q_y(z, cells))
+            pyro.sample("u", self.q_u(z, y, cells))
+            if self.latent_library:
+                pyro.sample("l", self.q_l(cells))
+            self.more_of_guide(cells)
+
+
 class Copied(LinearGaussian):
-    """The story of SCANVAE, told by a model of its own."""
+    """The story of SCANVAE, by a model of its own that is the same."""
 
     def model(self, cells):
         SCANVAE.model(self, cells)
 
 
-class Measured(LinearGaussian):
-    """A further state w ~ N(0, 1) of a cell, and a measurement x2 ~ N(w, 1/4) of it."""
+class Measured(Told, LinearGaussian):
+    """A further state w ~ N(0, 1) of a cell, and a measurement x2 ~ N(w, 1) of it."""
 
-    def model(self, cells):
-        super().model(cells)
-        with self.plate(cells):
-            w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
-            pyro.sample("x2", dist.Normal(w, 0.5), obs=cells.x[:, 0])
+    def more_of_model(self, cells):
+        w = pyro.sample("w", dist.Normal(torch.zeros(()).double(), 1.0))
+        pyro.sample("x2", dist.Normal(w, 1.0), obs=cells.x[:, 0])
 
     def exact_log_joint(self, x):
-        return super().exact_log_joint(x) + norm(0, 1.25**0.5).logpdf(x[:, :1])
+        return super().exact_log_joint(x) + norm(0, 2**0.5).logpdf(x[:, :1])
 
 
 class MeasuredByGuide(Measured):
     """The same, with a posterior of w that is off."""
 
-    def guide(self, cells):
-        super().guide(cells)
-        with self.plate(cells):
-            pyro.sample("w", dist.Normal(0.7 * cells.x[:, 0], 0.6))
+    def more_of_guide(self, cells):
+        pyro.sample("w", dist.Normal(0.4 * cells.x[:, 0], 0.9))
 
 
 @pytest.mark.parametrize("changes", [{}, LATENT_LIBRARY, {"y_prior": [0.7, 0.2, 0.1]}])
@@ -116,19 +143,15 @@ def test_a_story_without_labels():
         TraceWeights(vae, by_label=True).numbers_per_draw(cells)
 
 
-class Enumerated(Copied):
+class Enumerated(Told, LinearGaussian):
     """A second enumerated site, of which nothing depends, changes nothing."""
 
-    def model(self, cells):
-        super().model(cells)
-        with self.plate(cells):
-            pyro.sample("cycle", dist.Categorical(torch.tensor([0.2, 0.8])))
+    def more_of_model(self, cells):
+        pyro.sample("cycle", dist.Categorical(torch.tensor([0.2, 0.8]).double()))
 
-    def guide(self, cells):
-        with self.plate(cells):
-            q = dist.Categorical(torch.tensor([0.5, 0.5]))
-            pyro.sample("cycle", q, infer={"enumerate": "parallel"})
-        super().guide(cells)
+    def more_of_guide(self, cells):
+        q = dist.Categorical(torch.tensor([0.5, 0.5]))
+        pyro.sample("cycle", q, infer={"enumerate": "parallel"})
 
 
 def test_other_enumerated_sites_are_summed():
@@ -140,27 +163,20 @@ def test_other_enumerated_sites_are_summed():
 
 @pytest.mark.parametrize("dispersion", ["gene", "gene-label"])
 def test_counts_agree_with_nested_sampling(dispersion):
-    """ZINB with networks: the mean of p_hat over 40 runs, of one of 4,000 draws; 5 sigma each."""
-    vae = small_vae(dispersion=dispersion).double().eval()
+    """ZINB with networks: means over 16 runs of each. Twelve comparisons at 5 sigma: 1e-5."""
+    vae = small_vae(dispersion=dispersion, n_latent=1).double().eval()
     cells = random_cells(vae, n=4)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(2)
-        runs = torch.stack([TraceWeights(vae, True).log_joint(cells, 1000, 500) for _ in range(40)])
-        nested = torch.stack([importance.log_joint(vae, cells, 1000, 2) for _ in range(40)])
+        runs = torch.stack([TraceWeights(vae, True).log_joint(cells, 300, 300) for _ in range(16)])
+        nested = torch.stack([importance.log_joint(vae, cells, 300, 2) for _ in range(16)])
     ratio = (runs - nested.mean(0)).exp()
     others = (nested - nested.mean(0)).exp()
-    error = ((ratio.var(0) + others.var(0)) / 40).sqrt()
-    assert error.max() < 0.1 and ((ratio.mean(0) - others.mean(0)).abs() < 5 * error).all()
+    error = ((ratio.var(0) + others.var(0)) / 16).sqrt()
+    assert error.max() < 0.2 and ((ratio.mean(0) - others.mean(0)).abs() < 5 * error).all()
 
 
 # ---- asked of the estimator ----------------------------------------------------------------------
-
-
-class Told(SCANVAE):
-    """The story of SCANVAE once more."""
-
-    def model(self, cells):
-        super().model(cells)
 
 
 @pytest.fixture(scope="module")
@@ -186,50 +202,45 @@ def test_what_users_ask(told, monkeypatch):
     assert max(len(s) for s in shapes) == 2  # decoded once for all labels
 
 
-def with_sites(*, model=None, guide=None, shared=(), outside=False):
-    """A class whose model and guide have one more site each."""
+def with_sites(*, model=nothing, guide=nothing, shared=(), outside=()):
+    """A class whose model and guide have more sites."""
 
-    class Odd(SCANVAE):
+    class Odd(Told):
         def p_shared(self):
             return {name: dist.Normal(0.0, 1.0) for name in shared}
 
         def model(self, cells):
+            for name in outside:
+                normal(name)(cells)
             super().model(cells)
-            self.more(model, cells)
 
         def guide(self, cells):
+            for name in outside[1:]:
+                normal(name)(cells)
             super().guide(cells)
-            self.more(guide, cells)
 
-        def more(self, sample, cells):
-            if sample is not None and outside:
-                return sample()
-            with self.plate(cells):
-                return sample and sample()
-
+    Odd.more_of_model, Odd.more_of_guide = staticmethod(model), staticmethod(guide)
     return Odd
 
 
 def normal(name):
-    return lambda: pyro.sample(name, dist.Normal(torch.zeros(()), 1.0))
+    return lambda cells: pyro.sample(name, dist.Normal(torch.zeros(()), 1.0))
 
 
-def in_a_plate():
+def in_a_plate(cells):
     with pyro.plate("genes", 3, dim=-2):
         pyro.sample("w", dist.Normal(torch.zeros(()), 1.0))
 
 
 REFUSED = {
     "guide draws w, which is no latent site of the model": {"guide": normal("w")},
-    "w is outside the plate of cells": {"model": normal("w"), "outside": True},
-    "w is outside the plate of cells, and not": {
-        "model": normal("w"),
-        "guide": normal("w"),
-        "outside": True,
-    },
+    "v is outside the plate of cells": {"outside": ("v",)},
+    "v is outside the plate of cells, and not": {"outside": ("v", "w")},
     "pi is outside the plate of cells": {"shared": ("pi",)},
     "w lies in the plate genes too": {"model": in_a_plate, "guide": in_a_plate},
-    "the guide has the observed site loss": {"guide": lambda: pyro.factor("loss", torch.zeros(()))},
+    "the guide has the observed site loss": {
+        "guide": lambda cells: pyro.factor("loss", torch.zeros(()))
+    },
 }
 
 
@@ -257,15 +268,12 @@ def test_auxiliary_draws_and_shared_sites_are_weighed_rightly():
             shift = cells.shared["shift"].unsqueeze(-1) - 1.0
             return dist.Normal(p.loc + shift, p.scale).to_event(1)
 
-        def guide(self, cells):
-            super().guide(cells)
-            with self.plate(cells):
-                half = dist.Normal(0.35 * cells.x[:, 0], 0.3)
-                v = pyro.sample("half_w", half, infer={"is_auxiliary": True})
-                log_density = torch.full_like(v, -np.log(2.0))
-                pyro.sample("w", dist.Delta(2 * v, log_density=log_density))
+        def more_of_guide(self, cells):
+            half = dist.Normal(0.2 * cells.x[:, 0], 0.45)
+            v = pyro.sample("half_w", half, infer={"is_auxiliary": True})
+            log_density = torch.full_like(v, -np.log(2.0))
+            pyro.sample("w", dist.Delta(2 * v, log_density=log_density))
 
     vae = Auxiliary()
     assert_unbiased(vae, vae.exact_log_joint(normal_cells(3).x.numpy()))
-    assert TraceWeights(vae, True).numbers_per_draw(normal_cells(1)) == 3 * 4
-    assert poutine.trace(vae.guide).get_trace(normal_cells(1)).nodes["half_w"]["infer"]
+    assert TraceWeights(vae, True).numbers_per_draw(normal_cells(1)) == 3 * 5
