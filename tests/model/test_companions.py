@@ -115,7 +115,7 @@ def test_an_auto_normal_beside_our_guide(kl_weight):
     auto = AutoNormal(poutine.block(vae.model, expose=["scale"]), init_scale=0.5)
     elbo = SemiSupervisedELBO(None, kl_weight=kl_weight)
     auto(cells)
-    dict(auto.named_parameters())["locs.scale"].data.fill_(0.7)
+    dict(auto.named_parameters())["locs.scale_unconstrained"].data.fill_(0.7)
     for seed in range(3):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -130,7 +130,7 @@ def test_an_auto_normal_beside_our_guide(kl_weight):
         expected = local.mean().item() + kl_weight * cost / 600
         assert parts.loss.item() == pytest.approx(expected, rel=1e-5)
     parts.loss.backward()
-    assert dict(auto.named_parameters())["locs.scale"].grad is not None
+    assert dict(auto.named_parameters())["locs.scale_unconstrained"].grad is not None
 
 
 def test_an_auto_delta_beside_our_guide():
@@ -158,7 +158,7 @@ def test_an_auto_normal_of_cells_takes_our_subsample():
     drawn = auto(some)
     assert drawn["z"].shape == (4, 4)
     drawn["z"].sum().backward()
-    moved = dict(auto.named_parameters())["locs.z"].grad
+    moved = dict(auto.named_parameters())["locs.z_unconstrained"].grad
     assert moved.abs().sum(-1).nonzero().flatten().tolist() == [2, 4, 7, 9]
 
 
