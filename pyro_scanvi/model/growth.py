@@ -104,7 +104,7 @@ def told(vae: nn.Module) -> dict[str, Growth]:
     """
     return {
         f"{name}.{tensor}": rule
-        for name, module in vae.named_modules()
+        for name, module in vae.named_modules(remove_duplicate=False)
         if module is not vae
         for tensor, rule in getattr(module, "growth", dict)().items()
     }

@@ -4,7 +4,8 @@ Every network accepts inputs of shape ``(..., N, features)``: enumeration adds d
 left of the cells. Covariates have shape ``(N, n_covariates)`` and are the same for all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,31 @@ class BatchNorm(nn.BatchNorm1d):
             statistics = (self.running_mean, self.running_var, self.weight, self.bias)
             return nn.functional.batch_norm(rows, *statistics, eps=self.eps).reshape(x.shape)
         return super().forward(rows).reshape(x.shape)
+
+
+@contextmanager
+def frozen_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch norms inside normalise by their running statistics, and leave them alone.
+
+    For inputs that are no cells of the minibatch, such as the pseudo-inputs of a VampPrior
+    (Tomczak and Welling 2018, AISTATS, arXiv 1705.07120). Gradients flow, and dropout stays.
+
+    Examples
+    --------
+    >>> norm = BatchNorm(2).train()
+    >>> with frozen_statistics(norm):
+    ...     _ = norm(torch.ones(5, 2))
+    >>> norm.training, norm.running_mean.tolist()
+    (True, [0.0, 0.0])
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 class Head(nn.Linear):

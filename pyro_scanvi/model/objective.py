@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import torch
-from pyro.distributions import OneHotCategorical, TorchDistribution
+from pyro.distributions import Delta, OneHotCategorical, TorchDistribution
 from pyro.infer.elbo import ELBOModule
 from pyro.poutine import Trace
 from torch import Tensor
@@ -211,11 +211,13 @@ class SemiSupervisedELBO(RevisedELBO):
         """Closed forms first, then the weight of the KLs."""
         p, q = sites(model_trace), sites(guide_trace)
         shared = {name for name, site in q.items() if _is_shared(site)}
-        for name in (self.closed_form | shared).intersection(q):
+        for name in (self.closed_form | shared).intersection(p, q):
             _close(p[name], q[name])
         if self.kl_weight != 1:
             for name in (self.weighted | shared).intersection(p):
                 _weigh(p[name], q.get(name), self.kl_weight)
+            for name in shared.difference(p):  # auxiliary draws of an AutoGuide
+                set_log_prob(q[name], self.kl_weight * q[name]["unscaled_log_prob"])
 
 
 def classification_cost(q_y: OneHotCategorical, evidence: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +234,12 @@ def _classification_weight(cells: Cells, informative: Tensor) -> Tensor:
 
 
 def _close(p: Site, q: Site) -> None:
-    """Put -KL(q || p) for log p and 0 for log q at a site, if a closed form is known."""
+    """Put -KL(q || p) for log p and 0 for log q at a site, if a closed form is known.
+
+    Pyro's of a Delta leaves out its log density, by which an AutoGuide changes variables.
+    """
+    if isinstance(q["fn"], Delta):
+        return
     try:
         kl = kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
@@ -256,15 +263,16 @@ def _expected_costs(
     Of observed sites -log p and of latent ones, of each cell; of those outside the plate, whole.
     """
     weight, posterior = _enumeration_weight(guide_trace), sites(guide_trace)
+    prior = sites(model_trace)
     observed: dict[str, Tensor] = {}
     latent: dict[str, Tensor] = {}
     shared: dict[str, Tensor] = {}
-    for name, site in sites(model_trace).items():
+    for name, site in (prior | {n: s for n, s in posterior.items() if n not in prior}).items():
         if site["type"] != "sample":
             continue
-        cost = -_masked(site)
-        if name in posterior:
-            cost = cost + _masked(posterior[name])
+        cost = _masked(posterior[name]) if name in posterior else torch.zeros(())
+        if name in prior:
+            cost = cost - _masked(site)
         if _is_shared(site):
             shared[name] = cost.sum()
             continue

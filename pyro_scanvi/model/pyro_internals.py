@@ -9,12 +9,15 @@ from typing import Any, cast
 
 import torch
 from pyro.infer import TraceEnum_ELBO
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.ops import packed
 from pyro.poutine import Trace
-from pyro.poutine.runtime import effectful
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK, effectful
 from torch import Tensor, nn
 from torch.distributions import constraints
+
+from pyro_scanvi.validation import InputError
 
 Site = dict[str, Any]  # what Pyro's type of a site leaves out is read too
 
@@ -74,6 +77,21 @@ def announce(module: nn.Module, name: str) -> None:
             shown.unconstrained = lambda parameter=parameter: parameter
             show = effectful(lambda constraint, shown=shown: shown, type="param")
             show(name=f"{name}.{own}", constraint=constraints.real)
+
+
+def check_start(name: str, value: Tensor) -> None:
+    """Refuse to start MCMC at a value for each value of an enumerated site.
+
+    NUTS takes shapes from the model's first run. There a site whose prior reads an enumerated one
+    has a dimension more, and would keep it: the chain would be one of another model.
+    """
+    starting = any(isinstance(handler, InitMessenger) for handler in _PYRO_STACK)
+    if starting and value.ndim - 1 > len(_DIM_ALLOCATOR._stack):
+        raise InputError(
+            f"{name} would start with a value for each label, shape {tuple(value.shape)}; start "
+            f"it at a draw of the guide: NUTS(vae.model, init_strategy=init_to_value(values="
+            f'{{"{name}": ...}}))'
+        )
 
 
 def _drop_joins(trace: Trace) -> None:

@@ -60,7 +60,7 @@ from pyro_scanvi.model.likelihoods import (
     reads_label,
 )
 from pyro_scanvi.model.networks import CountDecoder, NormalNetwork
-from pyro_scanvi.model.pyro_internals import announce, samples
+from pyro_scanvi.model.pyro_internals import announce, check_start, samples
 from pyro_scanvi.model.scvi_interface import PiecewiseInterface
 from pyro_scanvi.validation import InputError
 
@@ -295,6 +295,7 @@ class SCANVAE(PiecewiseInterface):
             y = pyro.sample("y", self.p_y(cells))  # N | L
             pyro.factor("label", (y * self.evidence(cells)).sum(-1))
             z = pyro.sample("z", self.p_z(u, y, cells))  # N | K
+            check_start("z", z)
             library = self.observed_library(cells)  # N, 1
             if library is None:
                 library = pyro.sample("l", self.p_l(cells))  # N | 1

@@ -9,6 +9,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Distribution, Independent
 
 from pyro_scanvi.data.minibatches import CellData, Cells, ordered_loader
 from pyro_scanvi.model.likelihoods import CountParameters
@@ -138,6 +139,18 @@ def mean_over_samples(n_samples: int, size: int, ask: Callable[[int], Tensor]) -
 def total(tensors: Iterable[Tensor]) -> Tensor:
     """Their sum; of none it is 0."""
     return sum(tensors, torch.zeros(()))
+
+
+def log_prob_of_events(distribution: Distribution, value: Tensor) -> Tensor:
+    """Log probability of events, summed over their dimensions in float64."""
+    event_dims = 0
+    while isinstance(distribution, Independent):
+        event_dims += distribution.reinterpreted_batch_ndims
+        distribution = distribution.base_dist
+    log_prob = distribution.log_prob(value)
+    if not event_dims:
+        return log_prob.double()
+    return log_prob.sum(tuple(range(-event_dims, 0)), dtype=torch.float64)
 
 
 def minibatch_size(batch_size: int | None) -> int:

@@ -139,7 +139,8 @@ class Evidence(Trained):
         ------
         InputError
             If the AnnData is not what the model was set up with; for a number of draws below 1, a
-            negative seed, or a ``model`` or ``guide`` of one's own, whose sites are not known.
+            negative seed, or a ``model`` or ``guide`` of one's own with a site that cannot be
+            weighed (:mod:`pyro_scanvi.posterior.traces`).
         """
         check_at_least(1, n_mc_samples=n_mc_samples, n_inner_samples=n_inner_samples)
         ask = partial(

@@ -16,17 +16,18 @@ the ELBO, and rises with S and with M (Burda et al. 2016, ICLR, arXiv 1509.00519
 
 What is read are the factors ``p_*`` and ``q_*`` of the model and what it has ``observed``, all
 modalities together. Sites outside the plate of cells are drawn from their posterior: the density
-is that of new cells, :math:`p(x \mid \text{data})`. A model or guide of one's own is refused.
+is that of new cells, :math:`p(x \mid \text{data})`. Of a model or guide of one's own the sites are
+read, not the factors: see :mod:`pyro_scanvi.posterior.traces`.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
 
 from pyro_scanvi.data.minibatches import CellData, Cells
 from pyro_scanvi.model.scanvae import SCANVAE
@@ -34,15 +35,40 @@ from pyro_scanvi.posterior.draws import (
     LARGEST_PASS,
     at_once,
     evaluating,
+    log_prob_of_events,
     over_minibatches,
     parts,
     total,
 )
-from pyro_scanvi.validation import InputError
+from pyro_scanvi.posterior.traces import TraceWeights
 
 N_INNER_SAMPLES = 5
 # Numbers in the largest tensor of a pass, 4 MB in float32; a likelihood makes about 15 such.
 PASS_ELEMENTS = LARGEST_PASS // 4
+
+
+class Estimate(Protocol):
+    """A way to estimate log p(x, y)."""
+
+    def numbers_per_draw(self, cells: Cells) -> int:
+        """Size of the largest tensor of one draw of `cells`; the story is checked."""
+
+    def log_joint(self, cells: Cells, n_samples: int, n_per_pass: int) -> Tensor:
+        """(N, L) in nats, float64; (N, 1) where there are no labels."""
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Nested sampling of the sites of SCANVAE, with M draws of u for each of z."""
+
+    vae: SCANVAE
+    n_inner_samples: int
+
+    def numbers_per_draw(self, cells: Cells) -> int:
+        return _numbers_per_draw(self.vae, cells, self.n_inner_samples)
+
+    def log_joint(self, cells: Cells, n_samples: int, n_per_pass: int) -> Tensor:
+        return log_joint(self.vae, cells, n_samples, self.n_inner_samples, n_per_pass)
 
 
 def marginal_log_likelihood(
@@ -61,7 +87,8 @@ def marginal_log_likelihood(
     def log_likelihood(cells: Cells, log_p: Tensor) -> Tensor:
         return (log_p + vae.evidence(cells) if feed_labels else log_p).logsumexp(-1)
 
-    return _over_log_joint(vae, data, batch_size, n_samples, n_inner_samples, log_likelihood)
+    estimate = _estimate(vae, n_inner_samples, by_label=feed_labels)
+    return _over_log_joint(vae, data, batch_size, n_samples, estimate, log_likelihood)
 
 
 def label_posterior(
@@ -80,7 +107,8 @@ def label_posterior(
     def probabilities(cells: Cells, log_p: Tensor) -> Tensor:
         return (log_p + vae.evidence(cells) if feed_labels else log_p).softmax(-1)
 
-    return _over_log_joint(vae, data, batch_size, n_samples, n_inner_samples, probabilities)
+    estimate = _estimate(vae, n_inner_samples, by_label=True)
+    return _over_log_joint(vae, data, batch_size, n_samples, estimate, probabilities)
 
 
 def log_joint(
@@ -116,9 +144,9 @@ def log_joint(
         n_per_pass = at_once(_numbers_per_draw(vae, cells, n_inner_samples), PASS_ELEMENTS)
     log_sum = torch.full((), -math.inf, dtype=torch.float64, device=y.device)
     for drawn, z, library, log_weight in _proposals(vae, cells, n_samples, n_per_pass):
-        log_p_y = _log_prob(vae.p_y(drawn), y)  # L, 1, N, or L, S, N
+        log_p_y = log_prob_of_events(vae.p_y(drawn), y)  # L, 1, N, or L, S, N
         seen = vae.observed(z, library, y, drawn).values()
-        log_p_x = total(_log_prob(p, value) for p, value in seen)  # S, N, or L, S, N
+        log_p_x = total(log_prob_of_events(p, value) for p, value in seen)  # S, N, or L, S, N
         log_p_z = log_state_density(vae, z, y, drawn, n_inner_samples)  # L, S, N
         log_p = log_p_y + log_weight + log_p_x + log_p_z
         log_sum = torch.logaddexp(log_sum, log_p.logsumexp(-2))  # L, N
@@ -150,7 +178,9 @@ def log_state_density(vae: SCANVAE, z: Tensor, y: Tensor, cells: Cells, n_sample
     q_u = q_u.expand(shape)
     u = q_u.sample()  # L, M, S, N, K
     log_ratio = (
-        _log_prob(vae.p_u(cells), u) + _log_prob(vae.p_z(u, y, cells), z) - _log_prob(q_u, u)
+        log_prob_of_events(vae.p_u(cells), u)
+        + log_prob_of_events(vae.p_z(u, y, cells), z)
+        - log_prob_of_events(q_u, u)
     )
     return log_ratio.logsumexp(-3) - math.log(n_samples)
 
@@ -169,7 +199,7 @@ def _proposals(
         z = q_z.sample((n,))
         shared = {name: q.sample((n, 1)) for name, q in vae.q_shared().items()}
         drawn = replace(cells, shared=shared)
-        yield drawn, z, *with_library(drawn, -_log_prob(q_z, z))
+        yield drawn, z, *with_library(drawn, -log_prob_of_events(q_z, z))
 
 
 def _libraries(vae: SCANVAE, cells: Cells) -> Callable[[Cells, Tensor], tuple[Tensor, Tensor]]:
@@ -181,21 +211,18 @@ def _libraries(vae: SCANVAE, cells: Cells) -> Callable[[Cells, Tensor], tuple[Te
 
     def drawn(cells: Cells, log_weight: Tensor) -> tuple[Tensor, Tensor]:
         library = q_l.sample(log_weight.shape[:1])
-        log_p, log_q = _log_prob(vae.p_l(cells), library), _log_prob(q_l, library)
+        log_p, log_q = log_prob_of_events(vae.p_l(cells), library), log_prob_of_events(q_l, library)
         return library, log_weight + log_p - log_q
 
     return drawn
 
 
-def _check_story(vae: SCANVAE) -> None:
-    """Refuse a model or a guide of another shape than the one that is summed and integrated."""
-    own = [n for n in ("model", "guide") if getattr(type(vae), n) is not getattr(SCANVAE, n)]
-    if own:
-        raise InputError(
-            f"{type(vae).__name__} has a {' and a '.join(own)} of its own, and marginal likelihood "
-            "and Bayes' rule integrate u, z, l and y of SCANVAE's; put sites that all cells share "
-            "into p_shared and q_shared, and what is seen of a cell into observed, or take get_elbo"
-        )
+def _estimate(vae: SCANVAE, n_inner_samples: int, by_label: bool) -> Estimate:
+    """By nested sampling of the sites of SCANVAE, or of another story by weights of traces."""
+    story = type(vae).model, type(vae).guide
+    if story == (SCANVAE.model, SCANVAE.guide):
+        return Nested(vae, n_inner_samples)
+    return TraceWeights(vae, by_label)
 
 
 def _every_label(vae: SCANVAE, n_cells: int) -> Tensor:
@@ -209,24 +236,24 @@ def _over_log_joint(
     data: CellData,
     batch_size: int,
     n_samples: int,
-    n_inner_samples: int,
+    estimate: Estimate,
     answer: Callable[[Cells, Tensor], Tensor],
 ) -> np.ndarray:
     """What `answer` makes of the log joints of each minibatch, joined."""
+    numbers = _numbers_of_a_cell(vae, data, estimate)
 
     def ask(cells: Cells) -> Tensor:
-        return answer(cells, log_joint(vae, cells, n_samples, n_inner_samples))
+        n_per_pass = at_once(numbers * len(cells), PASS_ELEMENTS)
+        return answer(cells, estimate.log_joint(cells, n_samples, n_per_pass))
 
-    _check_story(vae)
-    batch_size = min(batch_size, _cells_per_pass(vae, data, n_inner_samples))
-    return over_minibatches(vae, data, batch_size, ask)
+    return over_minibatches(vae, data, min(batch_size, at_once(numbers, PASS_ELEMENTS)), ask)
 
 
-def _cells_per_pass(vae: SCANVAE, data: CellData, n_inner_samples: int) -> int:
-    """How many cells keep the tensors of one draw of z within `PASS_ELEMENTS`."""
-    with evaluating(vae):
+def _numbers_of_a_cell(vae: SCANVAE, data: CellData, estimate: Estimate) -> int:
+    """Size of the largest tensor of one draw of one cell."""
+    with evaluating(vae), torch.random.fork_rng():
         cell = vae.at_shared_points(data[np.arange(1)].to(vae.y_prior.device))
-        return at_once(_numbers_per_draw(vae, cell, n_inner_samples), PASS_ELEMENTS)
+        return estimate.numbers_per_draw(cell)
 
 
 def _numbers_per_draw(vae: SCANVAE, cells: Cells, n_inner_samples: int) -> int:
@@ -236,15 +263,3 @@ def _numbers_per_draw(vae: SCANVAE, cells: Cells, n_inner_samples: int) -> int:
     # The batch shape has L times the cells where p(x) depends on the label.
     counts = p_x.batch_shape.numel() * vae.n_input
     return max(counts, len(cells) * vae.n_labels * n_inner_samples * vae.n_hidden)
-
-
-def _log_prob(distribution: Distribution, value: Tensor) -> Tensor:
-    """Log probability of events, summed over their dimensions in float64."""
-    event_dims = 0
-    while isinstance(distribution, Independent):
-        event_dims += distribution.reinterpreted_batch_ndims
-        distribution = distribution.base_dist
-    log_prob = distribution.log_prob(value)
-    if not event_dims:
-        return log_prob.double()
-    return log_prob.sum(tuple(range(-event_dims, 0)), dtype=torch.float64)

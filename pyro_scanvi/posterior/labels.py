@@ -70,7 +70,8 @@ class Labels(Trained):
         InputError
             If the AnnData is not what the model was set up with; for an unknown method, a number
             of draws below 1, or a negative seed. Bayes' rule refuses a ``model`` or ``guide`` of
-            one's own.
+            one's own with a site that cannot be weighed, or without a y
+            (:mod:`pyro_scanvi.posterior.traces`).
         """
         check_at_least(1, n_mc_samples=n_mc_samples)
         methods: dict[str, Method] = {

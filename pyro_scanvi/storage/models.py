@@ -49,9 +49,15 @@ def write_model(
     record: Mapping[str, Any],
     adata: AnnData | None = None,
 ) -> None:
-    """Write a folder whole or not at all, and those above it; an old one is replaced at the end."""
-    weights = save_safetensors({k: v.detach().cpu().contiguous() for k, v in state.items()})
+    """Write a folder whole or not at all, and those above it; an old one is replaced at the end.
+
+    A tensor of several names, such as that of a network that two parts hold, is written once.
+    """
+    same = _same_tensors(state)
+    weights = save_safetensors({k: _own(v) for k, v in state.items() if k not in same})
     record = {"format": FORMAT, "weights_sha256": _digest(weights), **record}
+    if same:
+        record["same_tensors"] = same
     record["record_sha256"] = _digest(_canonical(record))
     with disk_errors(directory), making_parents(directory), replacing_folder(directory) as fresh:
         (fresh / WEIGHTS).write_bytes(weights)
@@ -85,8 +91,10 @@ def read_model(
         raise InputError(
             f"{directory / WEIGHTS} is damaged: its checksum is not that of the record"
         )
+    state = load_safetensors(weights)
+    state |= {name: state[first] for name, first in record.get("same_tensors", {}).items()}
     return (
-        load_safetensors(weights),
+        state,
         record,
         read_anndata(directory / CELLS) if with_anndata else None,
     )
@@ -124,6 +132,28 @@ def _read_record(path: Path) -> dict[str, Any]:
             f"this version reads up to {FORMAT}: update pyro_scanvi"
         )
     return record
+
+
+def _same_tensors(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each further name of a tensor its first one."""
+    first: dict[Any, str] = {}
+    return {
+        name: first[_place(tensor)]
+        for name, tensor in state.items()
+        if first.setdefault(_place(tensor), name) != name and tensor.numel()
+    }
+
+
+def _place(tensor: Tensor) -> tuple:
+    """Where a tensor lies, and how it is read."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor with memory of its own, where it is a part of a larger one."""
+    tensor = tensor.detach().cpu().contiguous()
+    is_part = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if is_part else tensor
 
 
 def _canonical(record: Mapping[str, Any]) -> bytes:

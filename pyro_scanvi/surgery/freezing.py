@@ -73,8 +73,8 @@ def hold(vae: SCANVAE, freeze: Freeze) -> None:
 def trainable(vae: SCANVAE, freeze: Freeze | None) -> dict[str, Tensor]:
     """Whether each entry of the state dict may move in training; None is an unfrozen model."""
     moving = set(vae.modules()) if freeze is None or freeze.unfrozen else _thawed(vae, freeze)
-    owners = dict(vae.named_modules())
-    parameters = dict(vae.named_parameters())
+    owners = dict(vae.named_modules(remove_duplicate=False))  # a state dict has all names
+    parameters = dict(vae.named_parameters(remove_duplicate=False))
     masks = {}
     for name, tensor in vae.state_dict().items():
         owner = owners[name.rpartition(".")[0]]

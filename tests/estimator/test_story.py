@@ -9,11 +9,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.distributions.transforms import affine_autoregressive
+from pyro.distributions.transforms import affine_autoregressive, spline_autoregressive
 from torch import nn
 from torch.distributions import constraints, kl_divergence
 
 from pyro_scanvi import SCANVAE, SCANVI, InputError, SemiSupervisedELBO
+from pyro_scanvi.model.distributions import NegativeBinomial
 from pyro_scanvi.model.likelihoods import GeneLikelihood
 from pyro_scanvi.posterior.importance import log_joint
 from tests.examples import SIZES, as_they_are, random_cells, simulated, small_model, small_vae
@@ -224,6 +225,36 @@ def test_history_and_elbo_hold_the_shared_kl(models):
     assert len(found) == 60 and list(plain.kl_shared) == ["pi"]
 
 
+class SharedTheta(SCANVAE):
+    """Inverse dispersions with a LogNormal prior and posterior."""
+
+    def p_shared(self):
+        return {"theta": dist.LogNormal(torch.zeros(self.n_input), 2.0).to_event(1)}
+
+    def q_shared(self):
+        return {"theta": dist.LogNormal(torch.full((self.n_input,), 0.7), 0.5).to_event(1)}
+
+    def p_x(self, z, library, y, cells):
+        rate = self.count_parameters(z, library, y, cells).mu
+        return NegativeBinomial(rate, cells.shared["theta"]).to_event(1)
+
+
+def test_the_kl_of_dispersions_is_in_the_elbo():
+    """By hand: the KL of Normals of the logarithms, over 20 genes, a 60th of it a cell."""
+    kl = 20 * (np.log(2.0 / 0.5) + (0.5**2 + 0.7**2) / (2 * 2.0**2) - 0.5)
+    model = as_they_are(model_of(SharedTheta))
+    vae, cells = model.module.eval(), model._data[np.arange(60)]
+    parts = parts_of(vae, cells, feed_labels=False)
+    assert parts.kl_shared["theta"].item() == pytest.approx(kl, rel=1e-5)
+    local = -parts.reconstruction - sum(parts.kl.values())
+    found = model.get_elbo(return_mean=False, seed=2)
+    np.testing.assert_allclose(found, local - kl / 60, rtol=1e-4)
+    trained_one = model_of(SharedTheta).train(1, batch_size=30, progress_bar=False)
+    sharing = len(trained_one.train_indices)
+    told = trained_one.history["kl_shared"].iloc[-1]
+    assert told == pytest.approx(kl / sharing, rel=1e-4)
+
+
 def test_a_warm_start_a_save_and_a_query_know_it(tmp_path):
     model = model_of(SharedPi).train(1, pretrain_epochs=1, batch_size=32, progress_bar=False)
     model.save(tmp_path / "model")
@@ -338,6 +369,52 @@ def test_a_reported_mean_is_that_of_the_draws():
     assert drawn.mean() == pytest.approx(told["mean"].mean(), rel=0.02)
 
 
+def test_correlations_draw_from_the_models_own_likelihood():
+    """And no "dispersion" is told of a likelihood that says of none."""
+    drawn = []
+
+    class Watched(PoissonLogNormal):
+        def sample(self, sample_shape=torch.Size()):
+            drawn.append(self.mu.shape)
+            return super().sample(sample_shape)
+
+        def expand(self, batch_shape, _instance=None):
+            return Watched(self.mu.expand(batch_shape))
+
+    likelihood = GeneLikelihood(lambda p: Watched(p.mu), uses_theta=False, uses_gate=False)
+    model = as_they_are(small_model(simulated(30), gene_likelihood=likelihood))
+    found = model.get_feature_correlation_matrix(n_samples=2, seed=0)
+    assert drawn and found.shape == (20, 20)
+    assert set(model.get_likelihood_parameters()) == {"mean"}
+
+
+class SplineGuide(SCANVAE):
+    """q(z | x) by a spline flow, which holds its network under two names."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.flow = spline_autoregressive(self.n_latent, hidden_dims=[8], count_bins=4)
+
+    def q_z(self, cells):
+        return dist.TransformedDistribution(super().q_z(cells), [self.flow])
+
+
+def test_a_spline_flow_is_saved_to_the_bit_and_takes_a_query(tmp_path):
+    model = trained(SplineGuide)
+    model.save(tmp_path / "model")
+    again = SCANVI.load(tmp_path / "model", batched(), module_class=SplineGuide)
+    for name, tensor in model.module.state_dict().items():
+        assert torch.equal(again.module.state_dict()[name], tensor), name
+    assert again.module.flow.arn is again.module.flow.spline.nn
+    assert again.get_elbo(seed=0) == model.get_elbo(seed=0)
+    new = batched()
+    new.obs["batch"] = "three"
+    query = SCANVI.load_query_data(new, tmp_path / "model", module_class=SplineGuide)
+    assert np.isfinite(query.train(1, progress_bar=False).get_elbo(seed=0))
+    kept = model.module.state_dict()["flow.arn.layers.0.weight"]
+    assert torch.equal(query.module.state_dict()["flow.spline.nn.layers.0.weight"], kept)
+
+
 # ---- refusals -----------------------------------------------------------------------------------
 
 
@@ -362,7 +439,7 @@ class OwnStory(SCANVAE):
 def test_what_an_answer_does_not_integrate_is_named():
     model = as_they_are(small_model(simulated(30), module_class=OwnStory))
     for ask in (model.get_marginal_ll, lambda: model.predict(method="bayes")):
-        with pytest.raises(InputError, match="OwnStory has a model and a guide of its own"):
+        with pytest.raises(InputError, match="OwnStory: the guide draws y, which is no"):
             ask()
     with pytest.raises(InputError, match="the guide draws w too"):
         model.get_normalized_expression()
