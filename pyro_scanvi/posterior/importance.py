@@ -26,9 +26,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 
 from pyro_scanvi.data.minibatches import CellData, Cells
+from pyro_scanvi.model.pyro_internals import element_log_prob, elements
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import (
     LARGEST_PASS,
@@ -241,11 +242,8 @@ def _numbers_per_draw(vae: SCANVAE, cells: Cells, n_inner_samples: int) -> int:
 
 def _log_prob(distribution: Distribution, value: Tensor) -> Tensor:
     """Log probability of events, summed over their dimensions in float64."""
-    event_dims = 0
-    while isinstance(distribution, Independent):
-        event_dims += distribution.reinterpreted_batch_ndims
-        distribution = distribution.base_dist
-    log_prob = distribution.log_prob(value)
+    event_dims = len(distribution.event_shape) - len(elements(distribution)[0].event_shape)
+    log_prob = element_log_prob(distribution, value)
     if not event_dims:
         return log_prob.double()
     return log_prob.sum(tuple(range(-event_dims, 0)), dtype=torch.float64)

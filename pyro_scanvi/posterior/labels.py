@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import anndata as ad
 import numpy as np
@@ -76,8 +76,8 @@ class Labels(Trained):
             "bayes": ByBayesRule(n_mc_samples),
         }
         ask = look_up(methods, method, "method")
-        covariates = ask.reads_covariates(self.module)
-        data, names = self.encoded(adata, indices, labels=keep_observed, covariates=covariates)
+        covariates, extra = ask.reads_covariates(self.module), ask.reads_extra
+        data, names = self.encoded(adata, indices, keep_observed, covariates, extra)
         with seeded(seed):
             probabilities = ask(self.module, data, minibatch_size(batch_size))
         if keep_observed:
@@ -89,6 +89,8 @@ class Labels(Trained):
 
 class Method(Protocol):
     """A way to find labels, and what it reads of the cells."""
+
+    reads_extra: ClassVar[bool]  # extra data, which are observed
 
     def reads_covariates(self, vae: SCANVAE) -> bool:
         """Whether it reads batch, covariates and size factors."""
@@ -102,6 +104,7 @@ class ByClassifier:
     """q(y | z) at the mean of q(z | x), or at a sample of it."""
 
     use_posterior_mean: bool
+    reads_extra: ClassVar[bool] = False
 
     def reads_covariates(self, vae: SCANVAE) -> bool:
         return vae.encode_covariates
@@ -120,6 +123,7 @@ class ByBayesRule:
     """p(y | x) from the factors of the model, at some draws of z for each cell."""
 
     n_mc_samples: int
+    reads_extra: ClassVar[bool] = True
 
     def reads_covariates(self, vae: SCANVAE) -> bool:
         return True
