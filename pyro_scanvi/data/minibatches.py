@@ -97,11 +97,12 @@ class Cells:
     weight: Tensor | None = None
     classified: Tensor | None = None
     shared: Mapping[str, Tensor] = field(default_factory=dict)
-    extra: Mapping[str, Tensor] = field(default_factory=Named)
+    extra: Named = field(default_factory=Named)  # any mapping is taken
     position: Tensor = None  # type: ignore[assignment]  # filled in
 
     def __post_init__(self) -> None:
-        self.extra = self.extra if isinstance(self.extra, Named) else Named(self.extra)
+        if not isinstance(self.extra, Named):
+            self.extra = Named(self.extra)
         self.position = self.index if self.position is None else self.position
 
     @classmethod
@@ -139,7 +140,7 @@ class Cells:
             k: v.to(*args, **kwargs) for k, v in tensors.items() if isinstance(v, Tensor)
         }
         shared = {k: v.to(*args, **kwargs) for k, v in self.shared.items()}
-        extra = Named(self.extra).each(lambda v: v.to(*args, **kwargs))
+        extra = self.extra.each(lambda v: v.to(*args, **kwargs))
         return replace(self, **moved, shared=shared, extra=extra)
 
     def __len__(self) -> int:

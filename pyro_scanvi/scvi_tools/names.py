@@ -131,7 +131,7 @@ TRAIN = {  # arguments of scvi-tools' train, now or once, and of Lightning's Tra
     "check_val_every_n_epoch=",
 }
 PROTEIN = (
-    "extra={'protein': 'obsm/...'} reads any matrix of obsm, for a model of your own that observes "
+    "SCANVI.setup_anndata(..., extra={'protein': 'obsm/...'}) reads any matrix of obsm, for a model of your own that observes "
     "it (docs/extending.md)"
 )
 SETUP_ANNDATA = {
@@ -139,9 +139,9 @@ SETUP_ANNDATA = {
     "leave it out",
     "protein_expression_obsm_key": PROTEIN,
     "protein_names_uns_key": "names of proteins are the columns of a DataFrame in obsm: "
-    "extra={'protein': 'obsm/...'} reads it",
+    "SCANVI.setup_anndata(..., extra={'protein': 'obsm/...'}) reads it",
     "modalities": "there is no MuData here; put the proteins into obsm of the AnnData of RNA, and "
-    "name them, extra={'protein': 'obsm/...'}",
+    "name them, SCANVI.setup_anndata(..., extra={'protein': 'obsm/...'})",
 }
 MODEL = {
     "datamodule": "SCANVI.setup_anndata(adata, ...) checks cells, then SCANVI(adata) reads them",
