@@ -53,7 +53,8 @@ class Extra:
             )
         extra = cls(name, _checked_place(place))
         found = extra._held(adata)
-        columns = tuple(map(str, found.columns)) if isinstance(found, pd.DataFrame) else ()
+        named = isinstance(found, pd.DataFrame) and not extra.layer
+        columns = tuple(map(str, found.columns)) if named else ()
         if len(set(columns)) < len(columns):
             twice = [c for c in columns if columns.count(c) > 1]
             raise InputError(f"{extra.where} has two columns {twice[0]!r}; name each once")

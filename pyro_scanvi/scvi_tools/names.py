@@ -131,8 +131,8 @@ TRAIN = {  # arguments of scvi-tools' train, now or once, and of Lightning's Tra
     "check_val_every_n_epoch=",
 }
 PROTEIN = (
-    "SCANVI.setup_anndata(..., extra={'protein': 'obsm/...'}) reads any matrix of obsm, for a model of your own that observes "
-    "it (docs/extending.md)"
+    "SCANVI.setup_anndata(..., extra={'protein': 'obsm/...'}) reads any matrix of "
+    "obsm, for a model of your own that observes it (docs/extending.md)"
 )
 SETUP_ANNDATA = {
     "use_minified": "SCANVI.setup_anndata reads counts alone, and no AnnData is minified here; "

@@ -9,6 +9,7 @@ from pyro_scanvi import InputError
 from pyro_scanvi.data.extra import Extra
 from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.data.minibatches import Named
+from pyro_scanvi.surgery.query import prepare
 from tests.examples import simulated
 
 N, G = 24, 6
@@ -195,3 +196,26 @@ def test_a_name_that_is_not_there_says_why():
 
 def test_the_place_as_one_writes_it():
     assert Extra("p", "obsm/a/b").where == "obsm['a/b']"
+
+
+def test_a_query_of_raw_counts_keeps_its_layers_of_extra_data():
+    """Counts in raw have genes of their own; a layer has those of X."""
+    adata = cells()
+    adata.raw = adata.copy()
+    adata.layers["s"] = csr_matrix(adata.X + 1)
+    fields = Fields.from_anndata(
+        adata, "cell_type", "Unknown", use_raw=True, extra={"s": "layers/s"}
+    )
+    new = adata[:, 1:].copy()
+    new.raw = adata
+    expected = np.where(np.arange(G) > 0, adata.X + 1, 0)
+    found = fields.encode(prepare(new, fields)).extra["s"]
+    np.testing.assert_array_equal(found.toarray(), expected)
+
+
+def test_a_mudata_is_told_where_its_modalities_go():
+    mudata = type("MuData", (), {})()
+    with pytest.raises(
+        InputError, match="got a MuData, expected an AnnData: that of its RNA, with"
+    ):
+        set_up(mudata, protein="obsm/protein")
