@@ -205,12 +205,11 @@ class SCANVAE(PiecewiseInterface):
         super().__init__()
         validation.check_arguments(SCANVAE, unknown)
         validation.check_at_least(1, n_latent=n_latent)
-        categories = tuple(n_cats_per_cov or ())
+        categories, self.n_extra = tuple(n_cats_per_cov or ()), arguments.checked_widths(n_extra)
         sizes = DataSizes(n_input, n_batch, n_labels, n_continuous_cov, categories)
         layers = Layers(n_hidden, n_layers, dropout_rate, use_batch_norm, use_layer_norm)
         self.n_input, self.n_batch, self.n_labels = n_input, max(n_batch, 1), n_labels
         self.n_continuous_cov, self.n_cats_per_cov = n_continuous_cov, categories
-        self.n_extra = arguments.checked_widths(n_extra)
         self.n_hidden, self.n_latent, self.n_layers = n_hidden, n_latent, n_layers
         self.dropout_rate, self.deep = dropout_rate, deeply_inject_covariates
         self.log_variational, self.encode_covariates = log_variational, encode_covariates
