@@ -15,6 +15,9 @@ from pyro_scanvi.names import first, listed, look_alikes, names_of, nearest, ren
 from pyro_scanvi.validation import InputError
 
 MISSING, UNSEEN = -2, -1  # codes of cells without a value, and with one that is not known
+INSTEAD = {  # by the type that is no AnnData
+    "MuData": ": that of its RNA, with the other modalities in obsm, which extra= names"
+}
 MEND_UNSEEN = {  # by what is unseen
     "labels": "name new labels in extend_labels of SCANVI.load_query_data",
     "batches": "SCANVI.load_query_data(adata, reference, extend_categories=True) makes new ones",
@@ -25,7 +28,8 @@ MEND_UNSEEN = {  # by what is unseen
 def check_names(adata: ad.AnnData) -> None:
     """Refuse what is no AnnData, has no cells or genes, or names cells not or twice."""
     if not isinstance(adata, ad.AnnData):
-        raise InputError(f"got a {type(adata).__name__}, expected an AnnData")
+        kind = type(adata).__name__
+        raise InputError(f"got a {kind}, expected an AnnData{INSTEAD.get(kind, '')}")
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise InputError(f"the AnnData has {adata.n_obs} cells and {adata.n_vars} genes")
     _check_unique(adata.obs_names, "cells", "adata.obs_names_make_unique()")

@@ -80,10 +80,7 @@ class CountsPlace:
             raise InputError(message, mend)
         if not issparse(matrix):
             return np.asarray(matrix)
-        try:  # scipy would crash on indices out of range
-            matrix.check_format(full_check=True)
-        except ValueError as error:
-            raise InputError(f"the sparse matrix of the counts is broken: {error}") from None
+        check_format(matrix, "the counts")
         return matrix
 
     def own_counts(self, adata: ad.AnnData, columns: np.ndarray | None = None) -> Counts:
@@ -116,12 +113,12 @@ class CountsPlace:
         kind = matrix.dtype.kind
         if kind not in "iuf":
             raise InputError(f"counts have dtype {matrix.dtype}, expected real numbers")
-        counts = _copied(matrix, columns)
+        counts = copied(matrix, columns)
         genes = self.genes(adata)
         names = adata.obs_names, genes if columns is None else genes[columns]
         if kind == "f":
             return _whole(counts, names, self, adata)
-        _refuse(counts, _values(counts) < 0, names, self, adata)
+        _refuse(counts, values_of(counts) < 0, names, self, adata)
         return counts
 
     def _held(self, adata: ad.AnnData) -> Any:
@@ -184,7 +181,16 @@ def variable_genes(counts: Counts, batch: np.ndarray, n_top_genes: int) -> np.nd
     return np.flatnonzero(cells.var["highly_variable"])
 
 
-def _copied(matrix: Any, columns: np.ndarray | None) -> Counts:
+def check_format(matrix: Any, what: str) -> None:
+    """Refuse a sparse matrix that is broken; scipy would crash on indices out of range."""
+    try:
+        matrix.check_format(full_check=True)
+    except ValueError as error:
+        raise InputError(f"the sparse matrix of {what} is broken: {error}") from None
+
+
+def copied(matrix: Any, columns: np.ndarray | None) -> Counts:
+    """A float32 copy of its columns at those positions, CSR or dense; None is all of them."""
     chosen = matrix if columns is None else matrix[:, columns]
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
         if not issparse(chosen):
@@ -195,7 +201,8 @@ def _copied(matrix: Any, columns: np.ndarray | None) -> Counts:
     return own
 
 
-def _values(counts: Counts) -> np.ndarray:
+def values_of(counts: Counts) -> np.ndarray:
+    """The entries of a matrix, those that are stored of a sparse one."""
     return counts if isinstance(counts, np.ndarray) else counts.data
 
 
@@ -203,7 +210,7 @@ def _whole(
     counts: Counts, names: tuple[pd.Index, pd.Index], place: CountsPlace, adata: ad.AnnData
 ) -> Counts:
     """Whole numbers, in place; what is not counts is refused."""
-    values = _values(counts)
+    values = values_of(counts)
     _refuse(counts, ~np.isfinite(values) | (values < 0), names, place, adata)
     rounded = np.rint(values)
     off = np.abs(values - rounded)
@@ -227,7 +234,7 @@ def _refuse_normalised(
     place: CountsPlace,
     adata: ad.AnnData,
 ) -> None:
-    largest = _values(counts).max()
+    largest = values_of(counts).max()
     surely = _are_normalised(counts)
     if not surely and largest >= LARGEST_LOGARITHM:
         return
@@ -270,8 +277,8 @@ def _refuse(
     """InputError that names the first wrong value, if there is one."""
     if not wrong.any():
         return
-    cell, gene = _position(counts, wrong)
-    value = _values(counts)[wrong][0]
+    cell, gene = position_of(counts, wrong)
+    value = values_of(counts)[wrong][0]
     kind = "negative" if value < 0 else "fractional" if np.isfinite(value) else "not finite"
     others = int(wrong.sum()) - 1
     more = f", and {others} more like it" if others else ""
@@ -284,7 +291,7 @@ def _refuse(
     )
 
 
-def _position(counts: Counts, wrong: np.ndarray) -> tuple[int, int]:
+def position_of(counts: Counts, wrong: np.ndarray) -> tuple[int, int]:
     """Row and column of the first entry that is wrong."""
     if isinstance(counts, np.ndarray):
         cell, gene = np.argwhere(wrong)[0]

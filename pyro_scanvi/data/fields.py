@@ -1,7 +1,7 @@
 """From an AnnData to arrays: which columns mean what, their categories, and checks at the door."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -28,8 +28,9 @@ from pyro_scanvi.data.columns import (
     refuse_unseen,
 )
 from pyro_scanvi.data.counts import CountsPlace
+from pyro_scanvi.data.extra import Extra, find_extra
 from pyro_scanvi.data.labels import check_meant, check_not_ours, find_classes, unlabeled_name
-from pyro_scanvi.data.minibatches import UNLABELED, CellData, Counts
+from pyro_scanvi.data.minibatches import UNLABELED, CellData, Named
 from pyro_scanvi.names import first
 from pyro_scanvi.validation import InputError
 
@@ -56,6 +57,8 @@ class Fields:
         Names of the genes that the model reads, in order; an AnnData may hold more.
     use_raw
         Whether the counts stand in ``raw``.
+    extra
+        Further data of each cell, where they stand and their columns.
 
     Examples
     --------
@@ -80,6 +83,7 @@ class Fields:
     covariate_categories: tuple[np.ndarray, ...]
     genes: np.ndarray
     use_raw: bool = False
+    extra: tuple[Extra, ...] = ()
 
     @classmethod
     def from_anndata(
@@ -94,6 +98,7 @@ class Fields:
         continuous_covariate_keys: Iterable[str] | None = None,
         use_raw: bool = False,
         n_top_genes: int | None = None,
+        extra: Mapping[str, str] | None = None,
     ) -> "Fields":
         """Check an AnnData and find the categories of its columns; raises InputError."""
         check_names(adata)
@@ -119,8 +124,11 @@ class Fields:
             covariate_categories=tuple(categories(adata, key) for key in categorical),
             genes=place.genes(adata).to_numpy(dtype=str),
             use_raw=place.use_raw,
+            extra=find_extra(adata, extra),
         )
         data = fields.encode(adata)
+        for of_cells in fields.extra:
+            of_cells.check_measured(data.extra[of_cells.name])
         if n_top_genes is None:
             return fields
         return fields._of_variable_genes(data, n_top_genes, adata)
@@ -163,7 +171,26 @@ class Fields:
         classes = find_classes(adata, labels_key, unlabeled)
         return replace(self, labels_key=labels_key, unlabeled_category=unlabeled, classes=classes)
 
-    def encode(self, adata: ad.AnnData, labels: bool = True, covariates: bool = True) -> CellData:
+    def extra_of(self, name: str) -> Extra:
+        """Where the data of that name stand; KeyError if there are none."""
+        return {extra.name: extra for extra in self.extra}[name]
+
+    @property
+    def extra_layers(self) -> list[str]:
+        """Names of the layers that extra data stand in."""
+        return [extra.layer for extra in self.extra if extra.layer]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Names of the columns of the counts, "x", and of extra data."""
+        return {"x": self.genes} | {extra.name: extra.names(self.genes) for extra in self.extra}
+
+    def encode(
+        self,
+        adata: ad.AnnData,
+        labels: bool = True,
+        covariates: bool = True,
+        extra: bool = True,
+    ) -> CellData:
         """Arrays of an AnnData with these fields, which share no memory with it.
 
         Parameters
@@ -175,11 +202,14 @@ class Fields:
         covariates
             Whether batch, covariates and size factors are read; otherwise they are None where
             `adata` lacks them or has unseen ones.
+        extra
+            Whether extra data are read; otherwise those that cannot be read are left out, and the
+            InputError is that of whoever reads them after all.
 
         Raises
         ------
         InputError
-            For missing genes and columns, unseen categories, and what is not counts.
+            For missing genes, columns and extra data, unseen categories, and what is not counts.
         """
         check_names(adata)
         columns = self._gene_positions(adata)
@@ -187,6 +217,7 @@ class Fields:
         return CellData(
             counts=self.place.own_counts(adata, columns),
             label=self._label_codes(adata) if labels else np.full(adata.n_obs, UNLABELED),
+            extra=self._extra_data(adata, extra),
             **read(adata),
         )
 
@@ -220,19 +251,21 @@ class Fields:
             return False
         return found.equals(data)
 
-    def with_counts(self, adata: ad.AnnData, counts: Counts) -> ad.AnnData:
-        """The cells of an AnnData with these counts in their place, and with their genes only."""
+    def with_data(self, adata: ad.AnnData, data: CellData) -> ad.AnnData:
+        """The cells of an AnnData with these counts and extra data, and with their genes only."""
         genes = pd.DataFrame(index=self.genes)
-        cells = ad.AnnData(counts, adata.obs, genes, uns=adata.uns, obsm=dict(adata.obsm))
+        cells = ad.AnnData(data.counts, adata.obs, genes, uns=adata.uns, obsm=dict(adata.obsm))
         if self.layer:
-            cells.layers[self.layer] = counts
+            cells.layers[self.layer] = data.counts
         if self.use_raw:
             cells.raw = cells
+        for extra in self.extra:
+            extra.put(cells, data.extra[extra.name])
         return cells
 
     def sizes(self) -> dict[str, Any]:
         """The arguments of the model that genes, columns and categories give."""
-        return {
+        sizes: dict[str, Any] = {
             "n_input": len(self.genes),
             "n_batch": len(self.batches),
             "n_labels": len(self.classes),
@@ -240,6 +273,9 @@ class Fields:
             "n_cats_per_cov": [len(c) for c in self.covariate_categories],
             "use_size_factor_key": bool(self.size_factor_key),
         }
+        if self.extra:  # a class that knows of none is not asked to take them
+            sizes["n_extra"] = {extra.name: extra.width(len(self.genes)) for extra in self.extra}
+        return sizes
 
     def check_genes(self, adata: ad.AnnData) -> None:
         """Refuse cells that lack genes of the model, or name two of them alike."""
@@ -288,6 +324,17 @@ class Fields:
             return self._read_covariates(adata)
         except InputError:  # None and not a number: whoever reads them after all fails
             return dict.fromkeys(("batch", "continuous", "categorical", "size_factor"))
+
+    def _extra_data(self, adata: ad.AnnData, needed: bool) -> Named:
+        values, unread = {}, {}
+        for extra in self.extra:
+            try:
+                values[extra.name] = extra.read(adata, self.genes)
+            except InputError as error:
+                if needed:
+                    raise
+                unread[extra.name] = str(error)
+        return Named(values, unread)
 
     def _batch_codes(self, adata: ad.AnnData) -> np.ndarray:
         if not self.batch_key:

@@ -1,7 +1,7 @@
 """The minibatch type, the data set in memory, and the way from one to the other."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
@@ -11,12 +11,45 @@ from scipy.sparse import csr_matrix, issparse
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pyro_scanvi.names import listed
+from pyro_scanvi.validation import InputError
+
 Counts: TypeAlias = csr_matrix | np.ndarray
 
 UNLABELED = -1
 LOG_IMPOSSIBLE = -1e20  # finite: it is multiplied by probabilities that are 0
 SMALLEST_LIBRARY_VARIANCE = 1e-4
 CELLS_AT_ONCE = 4096  # in float64
+
+
+class Named(dict):
+    """Data of cells by name; a name that is not there says why, and what to do.
+
+    Parameters
+    ----------
+    values
+        Arrays or tensors by name.
+    unread
+        Of names that could not be read, the reason.
+
+    Examples
+    --------
+    >>> Named(protein=torch.ones(3, 2)).each(len)
+    {'protein': 3}
+    """
+
+    def __init__(self, values: Any = (), unread: Mapping[str, str] | None = None, **more: Any):
+        super().__init__(values, **more)
+        self.unread = dict(unread or {})
+
+    def __missing__(self, name: str) -> Any:
+        there_are = f"these cells have no extra data {name!r}, only: {listed(self) or 'none'}; "
+        mend = "name it in SCANVI.setup_anndata(..., extra={...}), or give Cells(..., extra={...})"
+        raise InputError(self.unread.get(name, there_are + mend))
+
+    def each(self, change: Callable[[Any], Any]) -> "Named":
+        """The same names, and what `change` makes of each value."""
+        return Named({name: change(value) for name, value in self.items()}, self.unread)
 
 
 @dataclass  # not frozen: Lightning converts the tensors of a minibatch to its precision
@@ -32,7 +65,8 @@ class Cells:
     label
         Code of the label, (N,); ``UNLABELED`` (-1) where it is not known exactly.
     index
-        Position of each cell in the data set that the minibatch was drawn from, (N,).
+        Position of each cell in the data set that the minibatch was drawn from, (N,), such as the
+        cells to train on.
     n_obs
         Number of cells in that data set.
     continuous, categorical
@@ -51,6 +85,11 @@ class Cells:
         Codes of the labels that further annotators gave, (N, A); ``UNLABELED`` where none.
     shared
         Draws of the sites outside the plate, by name; model and guide put them there.
+    extra
+        Further data of each cell by the name that :meth:`SCANVI.setup_anndata` gave them, (N, D)
+        each; a row of NaN where the cell was not measured. InputError for a name that is not there.
+    position
+        Position of each cell in the AnnData, (N,): ``adata[cells.position]``; `index` unless given.
     """
 
     x: Tensor
@@ -66,10 +105,19 @@ class Cells:
     evidence: Tensor | None = None
     annotations: Tensor | None = None
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Named = field(default_factory=Named)  # any mapping is taken
+    position: Tensor = None  # type: ignore[assignment]  # filled in
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.extra, Named):
+            self.extra = Named(self.extra)
+        self.position = self.index if self.position is None else self.position
 
     @classmethod
     def from_counts(cls, x: Tensor, batch=None, label=None, **covariates) -> "Cells":
         """Take `x` (N, G) as the whole data set; one batch and no labels unless given.
+
+        Others are given by name, such as ``extra={"protein": ...}``.
 
         Examples
         --------
@@ -114,7 +162,8 @@ class Cells:
             k: v.to(*args, **kwargs) for k, v in tensors.items() if isinstance(v, Tensor)
         }
         shared = {k: v.to(*args, **kwargs) for k, v in self.shared.items()}
-        return replace(self, **moved, shared=shared)
+        extra = self.extra.each(lambda v: v.to(*args, **kwargs))
+        return replace(self, **moved, shared=shared, extra=extra)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -153,6 +202,10 @@ class CellData(Dataset):
         Weight of each cell in the objective, (N,); None is 1.
     evidence, annotations
         As in :class:`Cells`, (N, L) and (N, A); None where labels are exact and of one annotator.
+    extra
+        Further data by name, (N, D) each, float32, CSR or dense; a row of NaN is not measured.
+    position
+        Position of each cell in the AnnData, (N,); None is their own order.
     """
 
     counts: Counts
@@ -164,30 +217,60 @@ class CellData(Dataset):
     weight: np.ndarray | None = None
     evidence: np.ndarray | None = None
     annotations: np.ndarray | None = None
+    extra: Named = field(default_factory=Named)
+    position: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.counts.shape[0]
 
     def __getitem__(self, positions: np.ndarray) -> Cells:
         rows = self.subset(positions)
-        counts = rows.counts if isinstance(rows.counts, np.ndarray) else rows.counts.toarray()
-        arrays = {f.name: getattr(rows, f.name) for f in fields(rows) if f.name != "counts"}
+        arrays = {name: getattr(rows, name) for name in self._columns()}
         tensors: dict[str, Any] = {
             k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()
         }
-        x = torch.from_numpy(np.asarray(counts, dtype=np.float32))
-        return Cells(x=x, index=torch.as_tensor(positions), n_obs=len(self), **tensors)
+        return Cells(
+            x=_dense(rows.counts),
+            index=torch.as_tensor(positions),
+            n_obs=len(self),
+            extra=rows.extra.each(_dense),
+            **tensors,
+        )
 
     def equals(self, other: "CellData") -> bool:
         """Whether all arrays are the same; sparse and dense counts differ."""
-        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        pairs = [(getattr(self, name), getattr(other, name)) for name in self._columns()]
+        pairs.append((self.counts, other.counts))
+        if self.extra.keys() != other.extra.keys():
+            return False
+        pairs += [(_marked(v), _marked(other.extra[name])) for name, v in self.extra.items()]
         return all(itertools.starmap(_same, pairs))
 
     def subset(self, positions: np.ndarray) -> "CellData":
         """The cells at `positions`, as a data set of their own."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        arrays = {name: getattr(self, name) for name in self._columns()}
         chosen: dict[str, Any] = {k: v if v is None else v[positions] for k, v in arrays.items()}
-        return replace(self, **chosen)
+        if self.position is None:
+            chosen["position"] = np.arange(len(self))[positions]
+        extra = self.extra.each(lambda v: v[positions])
+        return replace(self, counts=self.counts[positions], extra=extra, **chosen)
+
+    def _columns(self) -> list[str]:
+        """Fields that hold an array, or None."""
+        return [f.name for f in fields(self) if f.name not in ("counts", "extra")]
+
+
+def _dense(matrix: Counts) -> Tensor:
+    dense = matrix if isinstance(matrix, np.ndarray) else matrix.toarray()
+    return torch.from_numpy(np.asarray(dense, dtype=np.float32))
+
+
+def _marked(matrix: Counts) -> Counts:
+    """The same matrix with infinity, which is nowhere else, where it is not measured (NaN)."""
+    if isinstance(matrix, np.ndarray):
+        return np.nan_to_num(matrix, nan=np.inf)
+    values = np.nan_to_num(matrix.data, nan=np.inf)
+    return csr_matrix((values, matrix.indices, matrix.indptr), matrix.shape)
 
 
 def _same(one: Any, other: Any) -> bool:

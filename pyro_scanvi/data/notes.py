@@ -4,7 +4,7 @@ Both hold the arguments of :class:`~pyro_scanvi.data.fields.Fields`, each in the
 can keep.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import anndata as ad
 import numpy as np
 
 from pyro_scanvi.data.columns import check_names
+from pyro_scanvi.data.extra import Extra
 from pyro_scanvi.validation import InputError
 
 UNS_KEY = "pyro_scanvi"
@@ -23,8 +24,14 @@ def to_uns(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A plain dict of strings and arrays, which ``write_h5ad`` keeps."""
     keys = {name: np.array(arguments[name], dtype=object) for name in KEYS}
     # By number, not by key: a file takes the slash in a key for a group.
-    by_number = {str(i): values for i, values in enumerate(arguments["covariate_categories"])}
-    return {**arguments, **keys, "covariate_categories": by_number}
+    covariates = _by_number(arguments["covariate_categories"])
+    extra = [{**e, "columns": np.array(e["columns"], dtype=object)} for e in arguments["extra"]]
+    return {
+        **arguments,
+        **keys,
+        "covariate_categories": covariates,
+        "extra": _by_number(extra),
+    }
 
 
 def from_uns(adata: ad.AnnData) -> dict[str, Any]:
@@ -35,9 +42,9 @@ def from_uns(adata: ad.AnnData) -> dict[str, Any]:
             "unlabeled_category, ...) first"
         )
     stored = adata.uns[UNS_KEY]["setup"]
-    by_number = stored["covariate_categories"]
-    covariates = [by_number[str(i)] for i in range(len(by_number))]
-    return from_json({**stored, "covariate_categories": covariates})
+    covariates = _in_order(stored["covariate_categories"])
+    extra = _in_order(stored.get("extra", {}))  # not in old notes
+    return from_json({**stored, "covariate_categories": covariates, "extra": extra})
 
 
 def from_json(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,8 +54,22 @@ def from_json(stored: Mapping[str, Any]) -> dict[str, Any]:
         **{name: np.array(stored[name]) for name in ARRAYS},
         **{name: tuple(map(str, stored[name])) for name in KEYS},
         "covariate_categories": tuple(map(np.array, stored["covariate_categories"])),
-        "use_raw": bool(stored.get("use_raw", False)),  # not in old records
+        "use_raw": bool(stored.get("use_raw", False)),  # this one and the next: not in old records
+        "extra": tuple(_extra(entry) for entry in stored.get("extra", ())),
     }
+
+
+def _extra(entry: Mapping[str, Any]) -> Extra:
+    columns = tuple(map(str, entry["columns"]))
+    return Extra(str(entry["name"]), str(entry["place"]), int(entry["n_columns"]), columns)
+
+
+def _by_number(values: Iterable) -> dict[str, Any]:
+    return {str(i): value for i, value in enumerate(values)}
+
+
+def _in_order(by_number: Mapping[str, Any]) -> list:
+    return [by_number[str(i)] for i in range(len(by_number))]
 
 
 def note(adata: ad.AnnData, arguments: Mapping[str, Any]) -> None:

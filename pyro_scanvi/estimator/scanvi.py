@@ -58,6 +58,7 @@ FROM_DATA = (
     "n_continuous_cov",
     "n_cats_per_cov",
     "use_size_factor_key",
+    "n_extra",
 )
 
 PLAN_SETTINGS = [field.name for field in fields(Plan)]
@@ -252,6 +253,7 @@ class SCANVI(
         continuous_covariate_keys: Iterable[str] | None = None,
         use_raw: bool = False,
         n_top_genes: int | None = None,
+        extra: Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         """Check an AnnData and note which of its columns mean what.
@@ -281,6 +283,14 @@ class SCANVI(
             Read the most variable genes only, as scanpy chooses them within each batch; the
             AnnData keeps all of them. Which they are is noted, and those of new cells are read.
             None is all genes.
+        extra
+            Further data of each cell for a model of one's own, from a name to a place:
+            ``{"protein": "obsm/protein_counts", "spliced": "layers/spliced", "age": "obs/age"}``.
+            The model gets them as ``cells.extra["protein"]``, (N, D) in float32, and their widths
+            as ``self.n_extra``. Layers are read with the genes of the model; obsm holds an array,
+            a sparse matrix or a DataFrame, whose columns are found by name in new cells, and a row
+            of NaN for a cell that was not measured; obs a column of numbers or booleans. All other
+            numbers are finite.
 
         Raises
         ------
@@ -308,6 +318,7 @@ class SCANVI(
             continuous_covariate_keys,
             use_raw,
             n_top_genes,
+            extra,
         )
         fields.note(adata)
 
@@ -464,7 +475,7 @@ class SCANVI(
                 self.module, data, plan, data_settings, trainer_settings, rows, ckpt_path, guards
             )
         except NonFiniteError as error:
-            error.name(self.adata.obs_names, self.fields.genes)
+            error.name(self.adata.obs_names, self.fields.columns())
             raise
         finally:  # what was learned before an error is kept, and told
             self.history = History(rows)
@@ -854,11 +865,11 @@ class SCANVI(
         if self.fields.holds(self.adata, self._data):
             return self.adata
         warnings.warn(
-            f"the counts in {self.fields.place} have changed since the model was made; those that "
-            "it was made with are saved in their place",
+            f"the counts in {self.fields.place}, or other data that the model reads, have changed "
+            "since the model was made; those that it was made with are saved in their place",
             stacklevel=3,
         )
-        return self.fields.with_counts(self.adata, self._data.counts)
+        return self.fields.with_data(self.adata, self._data)
 
     def _record(self) -> dict[str, Any]:
         """What was done, as a plain dict."""
@@ -889,18 +900,19 @@ class SCANVI(
         indices: Sequence[int] | None,
         labels: bool = True,
         covariates: bool = True,
+        extra: bool = True,
     ) -> tuple[CellData, pd.Index]:
         """What a question reads of some cells, and their names; None is the training data, all.
 
         Each question comes by here, so this is where a model that was never trained is refused.
-        `labels` and `covariates` (with batch and size factors) say whether it reads those.
+        `labels`, `covariates` (with batch and size factors) and `extra` say whether it reads those.
         """
         self._check_trained()
         if adata is None:
             self._check_adata(labels)
             data, names = self._data, self._cells
         else:
-            data, names = self.fields.encode(adata, labels, covariates), adata.obs_names
+            data, names = self.fields.encode(adata, labels, covariates, extra), adata.obs_names
         if indices is None:
             return data, names
         positions = np.arange(len(data))[np.asarray(indices, dtype=None if len(indices) else int)]

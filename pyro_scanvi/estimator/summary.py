@@ -35,12 +35,14 @@ def description(model: Described, label: np.ndarray) -> str:
     columns = _columns(fields)
     batches = [_told(key, known) for what, key, known in columns if what == "batch"]
     others = [_told(key, known) for what, key, known in columns if what not in ("labels", "batch")]
+    more = (f"{e.name} in {e.where} ({e.width(len(fields.genes))} columns)" for e in fields.extra)
     lines = [
         f"SCANVI of {len(label)} cells and {len(fields.genes)} genes, counts in {fields.place}",
         f"labels: {_told(fields.labels_key, fields.classes)}, known of {n_labelled} cells; the "
         f"others are {fields.unlabeled_category!r}",
         f"batch: {', '.join(batches) or 'none'}",
         f"covariates: {', '.join(others) or 'none'}",
+        *([f"extra: {', '.join(more)}"] if fields.extra else []),
         f"module: {type(model.module).__name__}({_arguments(model.vae_arguments)})",
         f"trained: {'yes' if model.is_trained else 'no'}, {model.n_epochs_trained} epochs here",
     ]
@@ -56,10 +58,12 @@ def setup_table(fields: Fields) -> pd.DataFrame:
     -------
     DataFrame
         Index ``field``; ``place`` in the AnnData; ``n_categories``, of counts the number of
-        genes, missing for numbers; the first ``categories``.
+        genes and of extra data that of columns, missing for numbers; the first ``categories``.
     """
-    counts: list[tuple[str, str, np.ndarray | None]] = [("counts", str(fields.place), fields.genes)]
-    rows = counts + [(what, f"obs[{key!r}]", known) for what, key, known in _columns(fields)]
+    rows: list[tuple[str, str, np.ndarray | None]]
+    rows = [("counts", str(fields.place), fields.genes)]
+    rows += [(what, f"obs[{key!r}]", known) for what, key, known in _columns(fields)]
+    rows += [(f"extra {e.name}", e.where, e.names(fields.genes)) for e in fields.extra]
     table = {
         "place": [place for _, place, _ in rows],
         "n_categories": pd.array([None if k is None else len(k) for *_, k in rows], dtype="Int64"),

@@ -96,3 +96,9 @@ def checked_classifier_parameters(given: Mapping[str, Any] | None) -> dict[str, 
     if given.get("n_hidden") == 0:  # scvi-tools' way to ask for a linear classifier
         given |= {"n_layers": 0, "n_hidden": 1}
     return given
+
+
+def checked_widths(n_extra: Mapping[str, int] | None) -> dict[str, int]:
+    """Number of columns of extra data, by name."""
+    check_at_least(1, **{f"n_extra[{k!r}]": n for k, n in (n_extra or {}).items()})
+    return dict(n_extra or {})

@@ -18,6 +18,7 @@ class Sizes(Protocol):
     n_continuous_cov: int
     n_cats_per_cov: tuple[int, ...]
     use_size_factor_key: bool
+    n_extra: dict[str, int]
 
 
 def check_cells(
@@ -56,6 +57,8 @@ def check_cells(
     _check_continuous(cells.continuous, n_cells, sizes.n_continuous_cov, covariates)
     _check_categorical(cells.categorical, n_cells, sizes.n_cats_per_cov, covariates)
     _check_size_factor(cells.size_factor, n_cells, sizes.use_size_factor_key, size_factors)
+    for name, values in cells.extra.items():
+        check_shape(f"extra data {name!r}", values, (n_cells, sizes.n_extra.get(name, 0)))
 
 
 def check_codes(name: str, codes: Tensor, n_cells: int, n: int, smallest: int = 0) -> None:

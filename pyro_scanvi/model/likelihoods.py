@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution, Gamma, Independent
+from torch.distributions import Distribution, Gamma
 
 from pyro_scanvi.model.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pyro_scanvi.model.growth import ByBatch, ByCovariates, ByLabel, Growth
 from pyro_scanvi.model.networks import CountDecoder, Head
+from pyro_scanvi.model.pyro_internals import elements
 
 
 class CountParameters:
@@ -96,9 +97,7 @@ class GeneLikelihood:
 
 def elementwise(distribution: Distribution) -> Distribution:
     """The distribution of each gene or dimension, where they are independent."""
-    while isinstance(distribution, Independent):
-        distribution = distribution.base_dist
-    return distribution
+    return elements(distribution)[0]
 
 
 # Functions, not lambdas: a model can be pickled.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
@@ -15,7 +16,7 @@ from pyro.ops import packed
 from pyro.poutine import Trace
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK, effectful
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, Independent, constraints
 
 from pyro_scanvi.validation import InputError
 
@@ -54,6 +55,29 @@ def sites(trace: Trace) -> dict[str, Site]:
 def samples(trace: Trace) -> dict[str, Tensor]:
     """The values that were sampled, by site; of plates their subsample."""
     return {name: s["value"] for name, s in sites(trace).items() if s["type"] == "sample"}
+
+
+def elements(distribution: Distribution) -> tuple[Distribution, Tensor | None]:
+    """The distribution of each gene or dimension, where they are independent, and its mask.
+
+    The mask is True where the log probability counts, with a dimension of 1 for what is not masked
+    apart; None where nothing is masked. (..., N, D)
+    """
+    mask = None
+    while isinstance(distribution, Independent | MaskedDistribution):
+        if isinstance(distribution, MaskedDistribution):
+            own = torch.as_tensor(distribution._mask)
+            own = own.reshape(*own.shape, *(1 for _ in distribution.event_shape))
+            mask = own if mask is None else mask & own
+        distribution = distribution.base_dist
+    return distribution, mask
+
+
+def element_log_prob(distribution: Distribution, value: Tensor) -> Tensor:
+    """Log probability of each gene or dimension; 0 where it is masked."""
+    element, mask = elements(distribution)
+    log_prob = element.log_prob(value)
+    return log_prob if mask is None else torch.where(mask, log_prob, torch.zeros_like(log_prob))
 
 
 def set_log_prob(site: Site, log_prob: Tensor) -> None:

@@ -137,6 +137,9 @@ class SCANVAE(PiecewiseInterface):
     extra_encoder_kwargs, extra_decoder_kwargs
         ``activation`` and ``bias`` of the hidden layers of the encoders of z and l, and of the
         decoder of x.
+    n_extra
+        Number of columns of each of the data in ``cells.extra``, by name; kept as ``self.n_extra``
+        for factors of one's own.
 
     Raises
     ------
@@ -208,12 +211,13 @@ class SCANVAE(PiecewiseInterface):
         extra_decoder_kwargs: Mapping[str, Any] | None = None,
         label_noise: str | Callable[[LabelSizes], LabelNoise] = "none",
         n_annotators: int = 1,
+        n_extra: Mapping[str, int] | None = None,
         **unknown: Any,
     ):
         super().__init__()
         validation.check_arguments(SCANVAE, unknown)
         validation.check_at_least(1, n_latent=n_latent, n_annotators=n_annotators)
-        categories = tuple(n_cats_per_cov or ())
+        categories, self.n_extra = tuple(n_cats_per_cov or ()), arguments.checked_widths(n_extra)
         sizes = DataSizes(n_input, n_batch, n_labels, n_continuous_cov, categories)
         layers = Layers(n_hidden, n_layers, dropout_rate, use_batch_norm, use_layer_norm)
         self.n_input, self.n_batch, self.n_labels = n_input, max(n_batch, 1), n_labels
@@ -470,7 +474,8 @@ class SCANVAE(PiecewiseInterface):
         n_cells
             Number N of cells.
         batch
-            Code of their batch; other covariates are 0.
+            Code of their batch; other covariates are 0, and so are extra data where a factor reads
+            them as given: where they are observed, they are drawn.
         library
             Size of each cell in counts; of a latent library None draws it.
 
@@ -494,6 +499,7 @@ class SCANVAE(PiecewiseInterface):
             cont_covs=zeros(n_cells, self.n_continuous_cov) if self.n_continuous_cov else None,
             cat_covs=zeros(n_cells, n_categorical) if n_categorical else None,
             size_factors=False,
+            extra={name: zeros(n_cells, n) for name, n in self.n_extra.items()},
         )
         if library is not None:
             cells = replace(cells, size_factor=zeros(n_cells, 1) + library)

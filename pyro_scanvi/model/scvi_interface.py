@@ -65,6 +65,7 @@ class PiecewiseInterface(nn.Module):
     n_continuous_cov: int
     n_cats_per_cov: tuple[int, ...]
     use_size_factor_key: bool
+    n_extra: dict[str, int]
     encode_covariates: bool
     latent_library: bool
     y_prior: Tensor
@@ -389,6 +390,7 @@ class PiecewiseInterface(nn.Module):
         *,
         covariates: bool = True,
         size_factors: bool = True,
+        extra: Mapping[str, Tensor] | None = None,
     ) -> Cells:
         """Cells for :meth:`model` and :meth:`guide`, after a check that they fit.
 
@@ -402,6 +404,8 @@ class PiecewiseInterface(nn.Module):
             Further covariates, (N, C) and (N, D), and size factors, (N, 1).
         covariates, size_factors
             False if they may be missing; batches go with the covariates.
+        extra
+            Extra data by name, (N, D) each; NaN where a cell was not measured.
 
         Raises
         ------
@@ -416,6 +420,7 @@ class PiecewiseInterface(nn.Module):
             continuous=None if cont_covs is None else cont_covs.to(dtype),
             categorical=None if cat_covs is None else fitting.whole("cat_covs", cat_covs),
             size_factor=None if size_factor is None else size_factor.to(dtype),
+            extra={name: values.to(dtype) for name, values in (extra or {}).items()},
         )
         given = batch_index is not None
         fitting.check_cells(self, cells, given, covariates, size_factors)
@@ -429,7 +434,7 @@ class PiecewiseInterface(nn.Module):
         tensors
             ``X`` (N, G), ``batch`` (N, 1), ``labels`` (N, 1), any code outside 0..L-1 being
             unlabelled, ``extra_continuous_covs`` (N, C), ``extra_categorical_covs`` (N, D),
-            ``size_factor`` (N, 1).
+            ``size_factor`` (N, 1); and extra data by their names in ``n_extra``.
 
         Raises
         ------
@@ -447,6 +452,7 @@ class PiecewiseInterface(nn.Module):
             cont_covs=tensors.get("extra_continuous_covs"),
             cat_covs=tensors.get("extra_categorical_covs"),
             size_factor=tensors.get("size_factor"),
+            extra={name: tensors[name] for name in self.n_extra if name in tensors},
         )
 
     def _encoder_cells(

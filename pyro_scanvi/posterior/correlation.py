@@ -92,7 +92,7 @@ class Correlation(Trained):
         check_positive(rna_size_factor=rna_size_factor)
         correlate = look_up(CORRELATIONS, correlation_type, "correlation_type")
         batches = batch_codes(transform_batch, self.fields.batches)
-        data, _ = self.encoded(adata, indices)
+        data, _ = self.encoded(adata, indices, extra=False)
         if n_samples * len(data) == 1:
             raise InputError("one draw of one cell has no correlation; choose more of either")
         with seeded(seed):

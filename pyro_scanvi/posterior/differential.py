@@ -152,7 +152,7 @@ class DifferentialExpression(Trained):
         settings = Settings(mode, delta, pseudocounts, test_mode, fdr_target, all_stats)
         batches = decoded_batches(self.fields.batches, batch_correction, batchid1, batchid2)
         check_at_least(max(map(len, batches)), n_samples_overall=n_samples_overall)
-        data, _ = self.encoded(adata, None)
+        data, _ = self.encoded(adata, None, extra=False)
         obs = (self.adata if adata is None else adata).obs
         obs = self.fields.with_named_unlabeled(obs)
         comparisons = find_comparisons(obs, groupby, group1, group2, idx1, idx2)

@@ -9,11 +9,11 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 
 from pyro_scanvi.data.minibatches import CellData, Cells, ordered_loader
 from pyro_scanvi.model.likelihoods import CountParameters
-from pyro_scanvi.model.pyro_internals import Site, samples, sites
+from pyro_scanvi.model.pyro_internals import Site, element_log_prob, elements, samples, sites
 from pyro_scanvi.model.scanvae import SCANVAE, evaluated
 from pyro_scanvi.threads import as_told
 from pyro_scanvi.validation import InputError, check_at_least, check_seed, positions_of
@@ -143,11 +143,8 @@ def total(tensors: Iterable[Tensor]) -> Tensor:
 
 def log_prob_of_events(distribution: Distribution, value: Tensor) -> Tensor:
     """Log probability of events, summed over their dimensions in float64."""
-    event_dims = 0
-    while isinstance(distribution, Independent):
-        event_dims += distribution.reinterpreted_batch_ndims
-        distribution = distribution.base_dist
-    log_prob = distribution.log_prob(value)
+    event_dims = len(distribution.event_shape) - len(elements(distribution)[0].event_shape)
+    log_prob = element_log_prob(distribution, value)
     if not event_dims:
         return log_prob.double()
     return log_prob.sum(tuple(range(-event_dims, 0)), dtype=torch.float64)

@@ -115,7 +115,7 @@ class Expression(Trained):
         batches = batch_codes(transform_batch, self.fields.batches)
         genes = _gene_positions(gene_list, self.fields.genes)
         size = minibatch_size(batch_size)
-        data, names = self.encoded(adata, indices)
+        data, names = self.encoded(adata, indices, extra=False)
         with seeded(seed):
             if n_samples_overall is not None:
                 chosen = torch.randint(len(data), (n_samples_overall,)).numpy()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import anndata as ad
 import numpy as np
@@ -79,8 +79,8 @@ class Labels(Trained):
             "bayes": ByBayesRule(n_mc_samples, keep_observed),
         }
         ask = look_up(methods, method, "method")
-        covariates = ask.reads_covariates(self.module)
-        data, names = self.encoded(adata, indices, labels=keep_observed, covariates=covariates)
+        covariates, extra = ask.reads_covariates(self.module), ask.reads_extra
+        data, names = self.encoded(adata, indices, keep_observed, covariates, extra)
         with seeded(seed):
             probabilities = ask(self.module, data, minibatch_size(batch_size))
         if soft:
@@ -90,6 +90,8 @@ class Labels(Trained):
 
 class Method(Protocol):
     """A way to find labels, and what it reads of the cells."""
+
+    reads_extra: ClassVar[bool]  # extra data, which are observed
 
     def reads_covariates(self, vae: SCANVAE) -> bool:
         """Whether it reads batch, covariates and size factors."""
@@ -104,6 +106,7 @@ class ByClassifier:
 
     use_posterior_mean: bool
     feed_labels: bool = False
+    reads_extra: ClassVar[bool] = False
 
     def reads_covariates(self, vae: SCANVAE) -> bool:
         return vae.encode_covariates
@@ -125,6 +128,7 @@ class ByBayesRule:
 
     n_mc_samples: int
     feed_labels: bool = False
+    reads_extra: ClassVar[bool] = True
 
     def reads_covariates(self, vae: SCANVAE) -> bool:
         return True

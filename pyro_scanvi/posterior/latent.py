@@ -57,7 +57,7 @@ class LatentSpace(Trained):
         """
         check_at_least(1, mc_samples=mc_samples)
         covariates = self.module.encode_covariates
-        data, _ = self.encoded(adata, indices, labels=False, covariates=covariates)
+        data, _ = self.encoded(adata, indices, labels=False, covariates=covariates, extra=False)
         size = minibatch_size(batch_size)
         if return_dist:
             return latent_moments(self.module, data, size)
@@ -99,7 +99,7 @@ class LatentSpace(Trained):
                 "the library of this model is not latent, so q(l | x) has no mean; "
                 "give_mean=False returns the library that the model reads"
             )
-        data, _ = self.encoded(adata, indices, labels=False)
+        data, _ = self.encoded(adata, indices, labels=False, extra=False)
         with seeded(seed):
             return library_size(self.module, data, minibatch_size(batch_size), give_mean)
 

@@ -33,9 +33,12 @@ class Trained:
         indices: Sequence[int] | None,
         labels: bool = True,
         covariates: bool = True,
+        extra: bool = True,
     ) -> tuple[CellData, pd.Index]:
         """What a question reads of some cells, and their names; None is the training data, all.
 
-        `labels` and `covariates` (with batch and size factors) say whether it reads those.
+        `labels`, `covariates` (with batch and size factors) and `extra` say whether it reads those.
+        Extra data are read by what replays the model, of which they are observed; the guide and the
+        decoder of counts do not need them, unless factors of one's own read them.
         """
         raise NotImplementedError

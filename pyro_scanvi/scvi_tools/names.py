@@ -130,9 +130,18 @@ TRAIN = {  # arguments of scvi-tools' train, now or once, and of Lightning's Tra
     "val_check_interval": "held-out cells are scored after an epoch, every "
     "check_val_every_n_epoch=",
 }
+PROTEIN = (
+    "SCANVI.setup_anndata(..., extra={'protein': 'obsm/...'}) reads any matrix of "
+    "obsm, for a model of your own that observes it (docs/extending.md)"
+)
 SETUP_ANNDATA = {
     "use_minified": "SCANVI.setup_anndata reads counts alone, and no AnnData is minified here; "
     "leave it out",
+    "protein_expression_obsm_key": PROTEIN,
+    "protein_names_uns_key": "names of proteins are the columns of a DataFrame in obsm: "
+    "SCANVI.setup_anndata(..., extra={'protein': 'obsm/...'}) reads it",
+    "modalities": "there is no MuData here; put the proteins into obsm of the AnnData of RNA, and "
+    "name them, SCANVI.setup_anndata(..., extra={'protein': 'obsm/...'})",
 }
 MODEL = {
     "datamodule": "SCANVI.setup_anndata(adata, ...) checks cells, then SCANVI(adata) reads them",

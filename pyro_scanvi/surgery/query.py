@@ -66,6 +66,10 @@ def prepare(adata: ad.AnnData, fields: Fields) -> ad.AnnData:
     if fields.use_raw:  # X may hold anything of other genes
         prepared.X = _columns(adata.raw.X, positions)
         prepared.raw = prepared
+        own = adata.var_names.get_indexer(genes)
+        for name in fields.extra_layers:  # which have the genes of X
+            if name in adata.layers:
+                prepared.layers[name] = _columns(adata.layers[name], own)
         return prepared
     prepared.X = None if adata.X is None else _columns(adata.X, positions)
     for name, matrix in adata.layers.items():

@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from pyro_scanvi.data.minibatches import CellData, total_counts
+from pyro_scanvi.data.minibatches import CELLS_AT_ONCE, CellData, total_counts
 from pyro_scanvi.storage.files import Unfailing, check_makeable, disk_errors, replacing, user_path
 from pyro_scanvi.validation import InputError
 
 KEY = "pyro_scanvi"
 LAST = "last.ckpt"
 PREFIX = "vae."  # of the model's tensors in a checkpoint
-LATEST = "1"  # rule by which a fingerprint of the data is taken
+LATEST = "2"  # rule by which a fingerprint of the data is taken
 MENDS = {"threads": " (torch.set_num_threads sets it)"}  # what is no argument of train
 
 
@@ -190,22 +191,40 @@ def digest(data: CellData, version: str | None = None) -> str:
     return f"{version}:{DIGESTS[version](data)}"
 
 
-def _totals_and_the_rest(data: CellData) -> str:
-    """Of the counts the totals of cells and genes, and all other fields whole."""
+def _totals_and_columns(data: CellData) -> "hashlib._Hash":
+    """Of the counts the totals of cells and genes, and all columns whole."""
     parts = dict(zip(("cells", "genes"), total_counts(data.counts), strict=True))
-    parts |= {f.name: getattr(data, f.name) for f in fields(data) if f.name != "counts"}
+    elsewhere = ("counts", "extra", "position")  # a whole data set has no other position
+    parts |= {f.name: getattr(data, f.name) for f in fields(data) if f.name not in elsewhere}
     hashed = hashlib.sha256()
     for name, part in parts.items():
         if part is None:
             continue
         hashed.update(name.encode())
         hashed.update(np.ascontiguousarray(part, dtype=np.float64).tobytes())
+    return hashed
+
+
+def _totals_and_the_rest(data: CellData) -> str:
+    return _totals_and_columns(data).hexdigest()[:16]
+
+
+def _with_extra(data: CellData) -> str:
+    """The same, and all extra data whole, whether they are sparse or dense."""
+    hashed = _totals_and_columns(data)
+    for name, matrix in sorted(data.extra.items()):
+        hashed.update(f"extra {name} {matrix.shape}".encode())
+        for start in range(0, len(data), CELLS_AT_ONCE):
+            rows = csr_matrix(matrix[start : start + CELLS_AT_ONCE], dtype=np.float64)
+            rows.eliminate_zeros()
+            for part in (rows.indptr, rows.indices, rows.data):
+                hashed.update(np.ascontiguousarray(part, dtype=np.float64).tobytes())
     return hashed.hexdigest()[:16]
 
 
 # A checkpoint is compared by the rule that it was written by: leave the rules that are here as
 # they are, add another and make it the latest.
-DIGESTS = {"1": _totals_and_the_rest}
+DIGESTS = {"1": _totals_and_the_rest, "2": _with_extra}
 
 
 def _versioned(fingerprint: str) -> str:

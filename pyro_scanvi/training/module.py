@@ -143,7 +143,7 @@ class LightningObjective(lightning.LightningModule):
         torch.set_rng_state(self.last_random_state)  # of the CPU; a GPU's would be slow to keep
         bound = self.bound
         fault = first_fault(bound.model, bound.guide, self.last_cells)
-        fault.cells = self.last_cells.index.cpu().numpy()[fault.cells]
+        fault.cells = np.sort(self.last_cells.position.cpu().numpy()[fault.cells])
         parameters = nonfinite.bad_gradients(self.vae)
         return NonFiniteError(quantity, self.epoch, fault, parameters, self.trainer.validating)
 

@@ -1,6 +1,6 @@
 """What to say when a loss or a gradient is not finite: where, in which cells and genes."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.likelihoods import elementwise
+from pyro_scanvi.model.pyro_internals import element_log_prob
 from pyro_scanvi.names import first
 
 
@@ -65,11 +66,11 @@ class NonFiniteError(ArithmeticError):
         self.quantity, self.epoch, self.fault = quantity, epoch, fault
         self.parameters, self.held_out = tuple(parameters), held_out
         self.cell_names: np.ndarray | None = None
-        self.gene_names: np.ndarray | None = None
+        self.column_names: Mapping[str, np.ndarray] = {}
 
-    def name(self, cells: np.ndarray, genes: np.ndarray) -> None:
-        """Give the cells and genes their names."""
-        self.cell_names, self.gene_names = cells, genes
+    def name(self, cells: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+        """Give the cells their names, and the columns of sites, such as the genes of "x"."""
+        self.cell_names, self.column_names = cells, columns
 
     def __str__(self) -> str:
         fault = self.fault
@@ -77,8 +78,10 @@ class NonFiniteError(ArithmeticError):
         if fault.site:
             said.append(f"first at site {fault.site!r}, {fault.what}")
         said.append(_counted("cells", _named(fault.cells, self.cell_names)))
-        of_genes = fault.site == "x"
-        kind, names = ("genes", self.gene_names) if of_genes else ("dimensions", None)
+        names = self.column_names.get(fault.site)
+        if names is not None and fault.columns.max(initial=-1) >= len(names):
+            names = None  # a site of that name, but not of those columns
+        kind = "genes" if fault.site == "x" else "dimensions" if names is None else "columns"
         said.append(_counted(kind, _named(fault.columns, names)))
         said.append(_counted("parameters", self.parameters))
         return (
@@ -129,7 +132,7 @@ class _Finder(Messenger):
         if not isinstance(msg["fn"], Distribution):  # a plate
             return
         fn = elementwise(msg["fn"])
-        log_prob = fn.log_prob(msg["value"])
+        log_prob = element_log_prob(msg["fn"], msg["value"])
         self._look(msg["name"], "log probability", log_prob)
         parameters = {k: v for k, v in _parameters(fn).items() if v.requires_grad}
         if not (parameters and log_prob.requires_grad):

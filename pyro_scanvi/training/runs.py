@@ -29,7 +29,6 @@ from pyro_scanvi.training import checkpoints
 from pyro_scanvi.training.callbacks import LastGoodWeights, ProgressBar, TimeHint
 from pyro_scanvi.training.checkpoints import LastCheckpoint, Saved, WholeFiles
 from pyro_scanvi.training.module import LightningObjective
-from pyro_scanvi.training.nonfinite import NonFiniteError
 from pyro_scanvi.training.phases import PHASES, Phase
 from pyro_scanvi.training.settings import DataSettings, Plan, TrainerSettings
 from pyro_scanvi.training.trainer import quiet_lightning, stop_on_interrupt
@@ -134,12 +133,8 @@ class _Run:
         module.train()  # Lightning keeps the mode that it finds
         torch.manual_seed(self.data_settings.seed + first_epoch)
         path = None if here is None else here.path
-        try:
-            with stop_on_interrupt(trainer):
-                trainer.fit(module, train, validation, ckpt_path=path, weights_only=True)
-        except NonFiniteError as error:
-            error.fault.cells = np.sort(self.positions[error.held_out][error.fault.cells])
-            raise
+        with stop_on_interrupt(trainer):
+            trainer.fit(module, train, validation, ckpt_path=path, weights_only=True)
         return not trainer.should_stop
 
     def _identity(self) -> dict[str, Any]:

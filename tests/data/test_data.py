@@ -72,9 +72,9 @@ def test_to_moves_every_tensor(covariates):
     cells = cell_data(covariates=covariates)[np.arange(4)]
     if covariates:
         cells = replace(cells, weight=torch.ones(4), classified=torch.ones(4) > 0)
-    cells = replace(cells, shared={"pi": torch.ones(3)}).to("meta")
-    assert cells.shared["pi"].device.type == "meta"
-    others = ("n_obs", "shared")
+    cells = replace(cells, shared={"pi": torch.ones(3)}, extra={"p": torch.ones(4, 2)}).to("meta")
+    assert {cells.shared["pi"].device.type, cells.extra["p"].device.type} == {"meta"}
+    others = ("n_obs", "shared", "extra")
     tensors = [getattr(cells, f.name) for f in fields(cells) if f.name not in others]
     assert {t.device.type for t in tensors if t is not None} == {"meta"}
     assert [t is None for t in tensors].count(True) == (0 if covariates else len(OPTIONAL) + 2)
@@ -137,6 +137,15 @@ def test_subset_by_a_mask():
 
 def test_a_subset_keeps_sparse_counts_sparse():
     assert cell_data(counts=csr_matrix).subset(np.arange(3)).counts.format == "csr"
+
+
+def test_a_position_is_kept_through_subsets_of_subsets():
+    """Where the index counts within the subset at hand."""
+    part = cell_data().subset(np.arange(9) > 2).subset(np.array([5, 0, 2]))
+    cells = part[np.array([2, 0])]
+    assert cells.position.tolist() == [5, 8] and cells.index.tolist() == [2, 0]
+    assert cell_data()[np.array([4, 1])].position.tolist() == [4, 1]
+    assert Cells.from_counts(torch.ones(3, 2)).position.tolist() == [0, 1, 2]
 
 
 # ---- the sampler --------------------------------------------------------------------------------

@@ -11,7 +11,13 @@ from pyro.distributions import Categorical, Normal
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 
-from pyro_scanvi.model.pyro_internals import RevisedELBO, announce, set_log_prob, sites
+from pyro_scanvi.model.pyro_internals import (
+    RevisedELBO,
+    announce,
+    element_log_prob,
+    set_log_prob,
+    sites,
+)
 
 P, SCALE, N = torch.tensor([0.2, 0.3, 0.5]), 7.0, 4
 
@@ -117,3 +123,27 @@ def test_announced_parameters_are_stepped_and_stored_nowhere():
 def test_a_site_has_what_is_read_of_it(name):
     model_trace, _ = RevisedELBO(max_plate_nesting=1).traces(model, guide)
     assert name in sites(model_trace)["y"]
+
+
+MASKED = {
+    "not masked": (lambda p, whole, each: p.to_event(1), False, False),
+    "a row": (lambda p, whole, each: p.to_event(1).mask(whole), True, False),
+    "entries": (lambda p, whole, each: p.mask(each).to_event(1), False, True),
+    "both": (lambda p, whole, each: p.mask(each).to_event(1).mask(whole), True, True),
+    "nothing counts": (lambda p, whole, each: p.to_event(1).mask(False), None, False),
+}
+
+
+@pytest.mark.parametrize(("make", "rows", "entries"), MASKED.values(), ids=MASKED)
+def test_log_probability_of_each_element_under_masks(make, rows, entries):
+    """Its sum is that of Pyro, and an element that is masked has none."""
+    whole, each = torch.tensor([True, False, True]), torch.tensor([False, True])
+    value, p = torch.arange(6.0).reshape(3, 2), Normal(torch.zeros(3, 2), 2.0)
+    made = make(p, whole, each)
+    found = element_log_prob(made, value)
+    counts = torch.ones(3, 2, dtype=torch.bool)
+    counts = counts & whole[:, None] if rows else counts
+    counts = counts & each if entries else counts
+    expected = p.log_prob(value) * (counts & (rows is not None))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.sum(-1), made.log_prob(value))

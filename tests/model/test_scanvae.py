@@ -427,3 +427,36 @@ def test_the_point_of_a_posterior_without_a_mean_is_a_mean_of_draws():
         point = small_vae().latent_point(pushed)
     np.testing.assert_allclose(point, np.exp(1.005), atol=5 * 0.028)
     assert torch.equal(small_vae().latent_point(normal.to_event(1)), normal.mean)
+
+
+# ---- extra data ---------------------------------------------------------------------------------
+
+
+class WithProtein(SCANVAE):
+    """A Normal site of the extra data."""
+
+    def observed(self, z, library, y, cells):
+        p = pyro.distributions.Normal(z[..., : self.n_extra["protein"]], 1.0).to_event(1)
+        return super().observed(z, library, y, cells) | {"protein": (p, cells.extra["protein"])}
+
+
+def test_extra_data_have_their_width_and_are_drawn_without_data():
+    vae = WithProtein(**SIZES, n_extra={"protein": 2})
+    drawn = vae.prior(50, library=100.0)
+    # Normal of variance 1: its square has mean 1 and variance 2; beyond 6 standard errors at 1e-8.
+    away = drawn["protein"] - drawn["z"][:, :2]
+    assert abs((away**2).mean() - 1) < 6 * (2 / 100) ** 0.5
+    assert SCANVAE(**SIZES).n_extra == {}
+    with pytest.raises(InputError, match=r"n_extra\['protein'\]=0, expected an integer"):
+        WithProtein(**SIZES, n_extra={"protein": 0})
+
+
+def test_extra_data_come_by_the_piecewise_interface():
+    vae = WithProtein(**SIZES, n_extra={"protein": 2})
+    x, protein = torch.ones(4, vae.n_input), torch.arange(8.0).reshape(4, 2)
+    cells = vae.cells_from_tensors({"X": x, "protein": protein})
+    assert cells.extra["protein"].equal(protein)
+    with pytest.raises(InputError, match=r"extra data 'protein' has shape \(4, 3\), expected"):
+        vae.cells(x, extra={"protein": torch.ones(4, 3)})
+    with pytest.raises(InputError, match="these cells have no extra data 'protein', only: none"):
+        vae.model(vae.cells(x))

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 from scipy.sparse import csr_matrix
 
 from pyro_scanvi import SCANVAE, SCANVI, InputError
-from pyro_scanvi.data.minibatches import CellData
+from pyro_scanvi.data.minibatches import CellData, Named
 from pyro_scanvi.training import checkpoints
 from pyro_scanvi.training.checkpoints import digest
 from pyro_scanvi.training.module import LightningObjective
@@ -325,7 +325,10 @@ def test_other_threads_are_refused(checkpoint):
         run({}, ckpt_path=checkpoint)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(CellData)])
+COLUMNS = [f.name for f in fields(CellData) if f.name not in ("extra", "position")]
+
+
+@pytest.mark.parametrize("name", COLUMNS)
 def test_any_other_data_have_another_digest(name):
     """Each field by the least that it can differ by; the same numbers in another place too."""
     one = np.arange(12.0).reshape(6, 2)
@@ -339,6 +342,19 @@ def test_any_other_data_have_another_digest(name):
             continue
         digests.add(digest(replace(data, **{name: other})))
     assert len(digests) >= 4
+
+
+@pytest.mark.parametrize("matrix", [np.asarray, csr_matrix])
+def test_extra_data_have_another_digest(matrix):
+    """By the least that they can differ by: a number, its column, its name, what is measured."""
+    protein = np.arange(12.0).reshape(6, 2)
+    others = [protein[:, ::-1], protein + 2.0**-40, np.where(protein == 3, np.nan, protein)]
+    named = [{"protein": matrix(p)} for p in (protein, *others)] + [{"spliced": matrix(protein)}]
+    found = {digest(replace(DATA, extra=Named(extra))) for extra in (*named, {})}
+    assert len(found) == len(named) + 1
+    data = replace(DATA, extra=Named(protein=matrix(protein)))
+    assert digest(data) == digest(replace(DATA, extra=Named(protein=protein)))
+    assert digest(data, "1") == digest(DATA, "1"), "the first rule knows of none"
 
 
 DATA = CellData(
@@ -378,19 +394,24 @@ def of_data(tmp_path_factory):
     return train
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(CellData)])
+@pytest.mark.parametrize("name", COLUMNS)
 def test_data_that_differ_in_a_field_are_refused(of_data, name):
     """In one cell of it alone, whatever else they share."""
     values = getattr(DATA, name).copy()
     values[2] = values[3]
-    with pytest.raises(InputError, match=r"another training run: data was '1:\w+', is '1:\w+';"):
+    with pytest.raises(InputError, match=r"another training run: data was '2:\w+', is '2:\w+';"):
         of_data(replace(DATA, **{name: values}))
     assert [row["epoch"] for row in of_data(DATA) if row["split"] == "train"] == [0, 1]
 
 
-def refuse_other_cells(path):
+def first_rule():
+    """The fingerprint of the cells by the first rule, without its version."""
+    return digest(fresh()._data, "1").removeprefix("1:")
+
+
+def refuse_other_cells(path, rule="2"):
     other = small_model(simulated(N, seed=1), seed=2, dropout_rate=0.3)
-    with pytest.raises(InputError, match=r"data was '1:\w+', is '1:\w+'"):
+    with pytest.raises(InputError, match=rf"data was '{rule}:\w+', is '{rule}:\w+'"):
         other.train(2, batch_size=32, progress_bar=False, ckpt_path=path)
 
 
@@ -405,10 +426,11 @@ def rewritten(path, folder, change):
 
 def test_a_fingerprint_without_a_version_is_of_the_first(checkpoint, tmp_path):
     """As the first checkpoints have it."""
-    path = rewritten(checkpoint, tmp_path, lambda data: data.removeprefix("1:"))
+    (tmp_path / "first").mkdir()
+    path = rewritten(checkpoint, tmp_path / "first", lambda data: first_rule())
     assert ":" not in torch.load(path)["pyro_scanvi"]["identity"]["data"]
     assert_equal(run({}, epochs=2, ckpt_path=path), whole(epochs=2))
-    refuse_other_cells(path)
+    refuse_other_cells(path, "1")
 
 
 @pytest.mark.parametrize("prefix", ["1:", ""])
@@ -417,17 +439,17 @@ def test_a_later_rule_compares_earlier_checkpoints_by_theirs(
 ):
     """And writes its own."""
     (tmp_path / "old").mkdir()
-    path = rewritten(checkpoint, tmp_path / "old", lambda data: prefix + data.removeprefix("1:"))
-    monkeypatch.setitem(checkpoints.DIGESTS, "2", lambda data: "another")
-    monkeypatch.setattr(checkpoints, "LATEST", "2")
+    path = rewritten(checkpoint, tmp_path / "old", lambda data: prefix + first_rule())
+    monkeypatch.setitem(checkpoints.DIGESTS, "3", lambda data: "another")
+    monkeypatch.setattr(checkpoints, "LATEST", "3")
     assert_equal(run({}, tmp_path, epochs=2, ckpt_path=path), whole(epochs=2))
     written = torch.load(tmp_path / "last.ckpt")["pyro_scanvi"]["identity"]["data"]
-    assert written == "2:another"
-    refuse_other_cells(path)
+    assert written == "3:another"
+    refuse_other_cells(path, "1")
 
 
 def test_a_rule_that_is_not_known_yet(checkpoint, tmp_path):
-    path = rewritten(checkpoint, tmp_path, lambda data: "3:0123456789abcdef")
+    path = rewritten(checkpoint, tmp_path, lambda data: "4:0123456789abcdef")
     with pytest.raises(InputError, match="written by a later version of pyro_scanvi"):
         run({}, epochs=2, ckpt_path=path)
 
