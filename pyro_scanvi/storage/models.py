@@ -27,7 +27,8 @@ from pyro_scanvi.storage.files import (
 from pyro_scanvi.storage.stores import read_anndata, write_anndata
 from pyro_scanvi.validation import InputError
 
-FORMAT = 1
+FORMAT = 2  # that of models with parts of one's own; all others are written as before
+WITHOUT_PARTS = 1
 WEIGHTS, RECORD, CELLS = "weights.safetensors", "model.json", "cells.h5ad"
 
 
@@ -51,7 +52,8 @@ def write_model(
 ) -> None:
     """Write a folder whole or not at all, and those above it; an old one is replaced at the end."""
     weights = save_safetensors({k: v.detach().cpu().contiguous() for k, v in state.items()})
-    record = {"format": FORMAT, "weights_sha256": _digest(weights), **record}
+    form = FORMAT if record.get("parts") else WITHOUT_PARTS
+    record = {"format": form, "weights_sha256": _digest(weights), **record}
     record["record_sha256"] = _digest(_canonical(record))
     with disk_errors(directory), making_parents(directory), replacing_folder(directory) as fresh:
         (fresh / WEIGHTS).write_bytes(weights)
@@ -104,10 +106,7 @@ def plain(value: Any, name: str) -> Any:
         return [plain(v, name) for v in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise InputError(
-        f"{name} is a {type(value).__name__}, which is not saved; keep model.module.state_dict() "
-        "and make the model anew with it"
-    )
+    raise InputError(f"{name} is a {type(value).__name__}, which a file does not hold")
 
 
 def _read_record(path: Path) -> dict[str, Any]:
