@@ -40,6 +40,7 @@ from pyro_scanvi.model.construction import (
     library_priors,
     likelihood_of,
 )
+from pyro_scanvi.model.contracts import in_plate
 from pyro_scanvi.model.growth import (
     ByBatch,
     ByCovariates,
@@ -426,6 +427,7 @@ class SCANVAE(PiecewiseInterface):
         with (
             pyro.plate("cells", size=cells.n_obs, subsample=cells.index, dim=-1),
             poutine.scale(scale=weight),
+            in_plate(self, len(cells)),
         ):
             yield
 
