@@ -302,7 +302,8 @@ def counts_sum_to_one(subject: Subject) -> None:
 
 def it_trains(subject: Subject) -> None:
     """An epoch of SCANVI.train, after which loss and weights are finite."""
-    model = _trained(subject)
+    with _said_of(subject, "trained"):
+        model = subject.model().train(1, batch_size=N_CELLS, progress_bar=False, accelerator="cpu")
     wild = [name for name, p in model.module.state_dict().items() if not p.isfinite().all()]
     if wild or not np.isfinite(model.history["elbo"]).all():
         raise AssertionError(
@@ -313,7 +314,10 @@ def it_trains(subject: Subject) -> None:
 
 def it_is_saved(subject: Subject) -> None:
     """Saved and opened its answers are equal to the bit."""
-    model = _trained(subject)
+    model = subject.model()
+    for _ in range(2):  # moves statistics, and what is kept where it should not be
+        objective_parts(model.module.train(), minibatch(model))
+    model.module.eval()
     with tempfile.TemporaryDirectory() as folder, _said_of(subject, "saved and opened"):
         path = Path(folder) / "model"
         model.save(path)
@@ -519,11 +523,6 @@ def _run(checks: Iterable[Check], subject: Subject) -> None:
             check(subject)
 
 
-def _trained(subject: Subject) -> SCANVI:
-    with _said_of(subject, "trained"):
-        return subject.model().train(1, batch_size=N_CELLS, progress_bar=False, accelerator="cpu")
-
-
 def _check_mean(part: str, told: Tensor, drawn: Tensor, event_dim: int) -> None:
     """Of each feature, over cells and draws."""
     cells = list(range(told.ndim - event_dim))
@@ -550,7 +549,10 @@ def _broadcasts(tensor: Tensor, wanted: Sequence[int]) -> bool:
 
 def _is_of_counts(fn: Distribution) -> bool:
     """Whether it is of the numbers 0, 1, 2, ... without an end."""
-    support = fn.support
+    try:
+        support: Any = fn.support
+    except NotImplementedError:
+        return False
     ends = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
     return bool(support is not None and support.is_discrete and ends == (0, None))
 

@@ -32,15 +32,6 @@ SHIPPED = {
         "encode_covariates": True,
         "use_layer_norm": "both",
     },
-    "poisson": {
-        "gene_likelihood": "poisson",
-        "batch_representation": "embedding",
-        "n_layers": 2,
-        "deeply_inject_covariates": False,
-        "linear_classifier": False,
-        "labels_groups": [0, 0, 1],
-        "use_labels_groups": True,
-    },
 }
 
 
@@ -65,11 +56,12 @@ def test_right_likelihoods_and_dispersions_pass():
 
 
 def test_cells_of_ones_own(cells):
-    """With what the random ones lack, here size factors, and without batches."""
+    """With what the random ones lack, here size factors, and without batches; other arguments."""
     adata = cells.copy()
     adata.obs["size"] = adata.X.sum(1)
     SCANVI.setup_anndata(adata, "label", "Unknown", size_factor_key="size")
-    check_model(adata=adata)
+    groups = {"labels_groups": [0, 0, 1], "use_labels_groups": True, "linear_classifier": False}
+    check_model(adata=adata, gene_likelihood="poisson", n_layers=2, **groups)
     with pytest.raises(AssertionError, match="log_pi"):
         testing.it_grows(Subject(adata, Unruled))
 

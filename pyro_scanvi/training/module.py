@@ -157,7 +157,10 @@ class LightningObjective(lightning.LightningModule):
                 parts = self.bound.parts(cells)
         except BROKEN as error:  # Pyro's own check, or torch, which cannot say where
             self._refuse_non_finite()
-            raise explained(error, self.vae, self.bound.model, self.bound.guide, cells) from error
+            said = explained(error, self.vae, self.bound.model, self.bound.guide, cells)
+            if said is error:
+                raise
+            raise said from error
         if not parts.loss.isfinite():
             raise self.diagnose("loss")
         return parts
