@@ -161,7 +161,7 @@ def differing_events(vae: nn.Module, model_trace: Trace, guide_trace: Trace) -> 
         if events[0] != events[1]:
             yield (
                 f"Site {name!r} has event shape {events[0]} from {named(vae, name, 'p')} and "
-                f"{events[1]} from {named(vae, name, 'q')}: they must be the same, the features"
+                f"{events[1]} from {named(vae, name, 'q')}: they must be the same"
             )
 
 
