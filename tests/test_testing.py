@@ -50,6 +50,29 @@ def negative_binomial(p):
     return NegativeBinomial(p.mu, p.theta)
 
 
+class RandomTheta(SCANVAE):
+    """A dispersion with a prior: what a PyroSample inside a part is refused for, done right."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loc = nn.Parameter(torch.zeros(self.n_input))
+        self.log_scale = nn.Parameter(torch.full((self.n_input,), -2.0))
+
+    def p_shared(self):
+        return {"log_theta": Normal(torch.zeros_like(self.loc), 1.0).to_event(1)}
+
+    def q_shared(self):
+        return {"log_theta": Normal(self.loc, self.log_scale.exp()).to_event(1)}
+
+    def p_x(self, z, library, y, cells):
+        mu = self.count_parameters(z, library, y, cells).mu
+        return NegativeBinomial(mu, cells.shared["log_theta"].exp()).to_event(1)
+
+
+def test_a_random_dispersion_passes():
+    check_model(RandomTheta, gene_likelihood="poisson")  # which owns neither theta nor a gate
+
+
 def test_right_likelihoods_and_dispersions_pass():
     check_likelihood(GeneLikelihood(negative_binomial, uses_gate=False))
     check_dispersion(SharedDispersion)
