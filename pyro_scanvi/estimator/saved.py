@@ -1,7 +1,7 @@
 """A saved model, into its folder and out of it: with cells of its own, or for a query."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_scanvi.data import notes
 from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.model.scanvae import SCANVAE
-from pyro_scanvi.storage import models
+from pyro_scanvi.storage import models, parts
 from pyro_scanvi.storage.files import user_path
 from pyro_scanvi.surgery.freezing import Freeze
 from pyro_scanvi.surgery.query import LIBRARY_PRIOR, Reference
@@ -32,7 +32,9 @@ class Saved:
     fields
         Columns and categories.
     arguments
-        Of the module, without those that `fields` give.
+        Of the module, without those that `fields` give; None where a part was.
+    parts
+        Name and module of each part of one's own among them, by its place.
     seed, is_trained, freeze, history, training_settings
         Attributes of :class:`~pyro_scanvi.SCANVI`.
     module_class
@@ -44,6 +46,7 @@ class Saved:
     state: Mapping[str, Tensor]
     fields: Fields
     arguments: dict[str, Any]
+    parts: Mapping[str, Mapping[str, str]]
     seed: int
     is_trained: bool
     freeze: Freeze | None
@@ -61,6 +64,7 @@ class Saved:
             state=state,
             fields=Fields(**notes.from_json(record["fields"])),
             arguments=record["arguments"],
+            parts=record.get("parts", {}),  # not in records of models without any
             seed=record["seed"],
             is_trained=record.get("is_trained", True),  # this one and the next: not in old records
             module_class=record.get("module_class", "SCANVAE"),
@@ -80,6 +84,7 @@ class Saved:
             "fields": models.plain(asdict(self.fields), "a field"),
             "history": self.history.to_dict(orient="list"),
             "training_settings": self.training_settings,
+            **({"parts": dict(self.parts)} if self.parts else {}),
             "is_trained": self.is_trained,
             "freeze": None if self.freeze is None else asdict(self.freeze),
         }
@@ -93,6 +98,11 @@ class Saved:
                 f"the model was saved from a {self.module_class}, not a "
                 f"{module_class.__qualname__}; give its class, module_class={name}"
             )
+
+    def with_parts(self, given: Mapping[str, Any] | None) -> "Saved":
+        """The same with its parts in their places; InputError where they are not those saved."""
+        parts.check_parts(self.parts, given)
+        return replace(self, arguments=parts.with_parts(self.arguments, given or {}))
 
     def reference(self, module_class: type[SCANVAE]) -> Reference:
         """What a query needs of it; its cells are not."""

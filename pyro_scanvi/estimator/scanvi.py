@@ -35,6 +35,7 @@ from pyro_scanvi.scvi_tools.saves import read_save
 from pyro_scanvi.scvi_tools.weights import shared_state
 from pyro_scanvi.storage import models
 from pyro_scanvi.storage.files import user_path
+from pyro_scanvi.storage.parts import names_of_parts, parts_in, without_parts
 from pyro_scanvi.storage.storable import storable, storable_names
 from pyro_scanvi.surgery import freezing, growing, query
 from pyro_scanvi.training import runs
@@ -611,6 +612,7 @@ class SCANVI(
         extend_categories: bool = True,
         seed: int | None = None,
         module_class: type[SCANVAE] = SCANVAE,
+        parts: Mapping[str, Any] | None = None,
     ) -> "SCANVI":
         """A model of new cells that holds the weights of a trained reference (scArches).
 
@@ -669,9 +671,9 @@ class SCANVI(
             False: an unseen batch or category is an error.
         seed
             Of later training; None is that of the reference.
-        module_class
-            The class that a saved reference was made with, as in :meth:`load`; a model knows its
-            own.
+        module_class, parts
+            The class and the parts of one's own that a saved reference was made with, as in
+            :meth:`load`; a model knows its own.
 
         Raises
         ------
@@ -679,7 +681,7 @@ class SCANVI(
             If the reference is none, genes or columns are missing, labels are unknown and not
             among `extend_labels` or those clash with known ones, the labels have groups while
             some are new, or a parameter of one's own depends on the number of categories and
-            ``growth()`` of its class does not say how.
+            does not say how (:func:`pyro_scanvi.model.growth.grows`).
 
         Warns
         -----
@@ -690,7 +692,7 @@ class SCANVI(
         ----------
         Lotfollahi et al. (2022), Nat Biotechnol 40:121.
         """
-        source = _as_reference(reference, module_class)
+        source = _as_reference(reference, module_class, parts)
         seed = source.seed if seed is None else seed
         check_seed(seed)
         check_flags(extend_categories=extend_categories)
@@ -736,7 +738,8 @@ class SCANVI(
         InputError
             If this model did not grow out of the reference.
         """
-        source = _as_reference(reference, type(self.module))
+        own = None if isinstance(reference, SCANVI) else parts_in(self.vae_arguments)
+        source = _as_reference(reference, type(self.module), own)
         query.check_grown(source.fields, self.fields)
         return pd.DataFrame(freezing.state_diff(self.module, source.vae, self.freeze))
 
@@ -803,15 +806,21 @@ class SCANVI(
         Raises
         ------
         InputError
-            If the folder exists or cannot be written, an argument of the model is a callable, or
-            the cells of the AnnData to save are no longer those of the model.
+            If the folder exists or cannot be written, or the cells of the AnnData to save are no
+            longer those of the model.
+
+        Notes
+        -----
+        Of a class and of parts of one's own, such as a likelihood, the name is written and no
+        code; :meth:`load` is given them.
         """
         directory = user_path(directory)
         models.check_target(directory, overwrite)
         saved = Saved(
             state=self.module.state_dict(),
             fields=self.fields,
-            arguments=self.vae_arguments,
+            arguments=without_parts(self.vae_arguments),
+            parts=names_of_parts(self.vae_arguments),
             seed=self.seed,
             is_trained=self.is_trained,
             freeze=self.freeze,
@@ -828,6 +837,7 @@ class SCANVI(
         directory: str | Path,
         adata: ad.AnnData | None = None,
         module_class: type[SCANVAE] = SCANVAE,
+        parts: Mapping[str, Any] | None = None,
     ) -> "SCANVI":
         """Open a model that :meth:`save` wrote; its predictions are equal to the bit.
 
@@ -840,14 +850,19 @@ class SCANVI(
             saved with the model.
         module_class
             The class that the model was made with: a folder holds weights, and no code.
+        parts
+            The parts of one's own that it was made with, by argument: ``{"gene_likelihood":
+            negative_binomial, "extra_encoder_kwargs.activation": nn.GELU}``. The folder knows
+            their names, and nothing is imported by them.
 
         Raises
         ------
         InputError
             If the folder is damaged, holds no AnnData while none is given, or the AnnData differs
-            from what the model knows; it says in what. If `module_class` has another name.
+            from what the model knows; it says in what. If `module_class` or one of `parts` has
+            another name, or is missing; it says which.
         """
-        saved = Saved.read(directory, with_cells=adata is None)
+        saved = Saved.read(directory, with_cells=adata is None).with_parts(parts)
         saved.check_class(module_class)
         adata = saved.cells if adata is None else adata
         with saved.fields.noted(adata):
@@ -952,10 +967,12 @@ def _explicit(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return own | {k: v for k, v in arguments.items() if k not in FROM_DATA}
 
 
-def _as_reference(reference: SCANVI | str | Path, module_class: type[SCANVAE]) -> query.Reference:
-    """What a query needs of a model, or of the folder of one of that class."""
+def _as_reference(
+    reference: SCANVI | str | Path, module_class: type[SCANVAE], parts: Mapping[str, Any] | None
+) -> query.Reference:
+    """What a query needs of a model, or of the folder of one of that class with those parts."""
     if not isinstance(reference, SCANVI):
-        return _saved(reference).reference(module_class)
+        return _saved(reference).with_parts(parts).reference(module_class)
     return query.Reference(
         reference.module,
         reference.fields,

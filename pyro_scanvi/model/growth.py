@@ -12,6 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from pyro_scanvi.validation import InputError
+
+NOTED = "growth_rules"  # attribute of a module
 Start = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -97,14 +100,46 @@ def from_the_data(old: Tensor, own: Tensor) -> Tensor:
     return torch.cat([old, own[len(old) :]])
 
 
-def told(vae: nn.Module) -> dict[str, Growth]:
-    """What the modules inside say of their own tensors, by name in the whole model.
+def grows(module: nn.Module, **rules: Growth) -> None:
+    """Say of tensors of a module how they grow, beside the line that makes them.
 
-    A module says it by a method ``growth()``, from names of its tensors to rules.
+    Parameters
+    ----------
+    module
+        Whose parameters or buffers, such as ``self`` in ``__init__``; or whose parts, all of whose
+        tensors then grow alike.
+    rules
+        For each of them by name.
+
+    Raises
+    ------
+    InputError
+        If the module has none of that name.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(4, 3)
+    >>> grows(layer, weight=ByLabel(dim=0), bias=ByLabel(dim=0))
     """
-    return {
-        f"{name}.{tensor}": rule
-        for name, module in vae.named_modules(remove_duplicate=False)
-        if module is not vae
-        for tensor, rule in getattr(module, "growth", dict)().items()
-    }
+    for name in rules:
+        if not hasattr(module, name):
+            raise InputError(
+                f"{type(module).__name__} has no {name!r} to grow; make it first, then say how it "
+                "grows"
+            )
+    vars(module).setdefault(NOTED, {}).update(rules)  # of the module, so that copies have it
+
+
+def told(vae: nn.Module) -> dict[str, Growth]:
+    """What modules say of their own tensors, by name in the whole model.
+
+    A module says it by :func:`grows`, or by a method ``growth()`` from names of its tensors to
+    rules.
+    """
+    rules: dict[str, Growth] = {}
+    for path, module in vae.named_modules(remove_duplicate=False):
+        said = dict(vars(module).get(NOTED, {}))
+        if module is not vae:  # whose growth() asks this
+            said |= getattr(module, "growth", dict)()
+        rules |= {f"{path}.{tensor}".removeprefix("."): rule for tensor, rule in said.items()}
+    return rules

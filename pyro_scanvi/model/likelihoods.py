@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Gamma
 
 from pyro_scanvi.model.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from pyro_scanvi.model.growth import ByBatch, ByCovariates, ByLabel, Growth
+from pyro_scanvi.model.growth import ByBatch, ByCovariates, ByLabel, grows
 from pyro_scanvi.model.networks import CountDecoder, Head
 from pyro_scanvi.model.pyro_internals import elements
 
@@ -170,14 +170,11 @@ class GeneBatchDispersion(nn.Module):
     def __init__(self, n_genes: int, n_batch: int):
         super().__init__()
         self.log_theta = nn.Parameter(torch.randn(n_batch, n_genes))
+        grows(self, log_theta=ByBatch(dim=0))
 
     def forward(self, hidden: Tensor, y: Tensor, batch: Tensor) -> Tensor:
         """Log theta of the batch of each cell, (N, G)."""
         return self.log_theta[batch]
-
-    def growth(self) -> dict[str, Growth]:
-        """A row for each batch."""
-        return {"log_theta": ByBatch(dim=0)}
 
 
 class GeneLabelDispersion(nn.Module):
@@ -188,14 +185,11 @@ class GeneLabelDispersion(nn.Module):
     def __init__(self, n_genes: int, n_labels: int):
         super().__init__()
         self.log_theta = nn.Parameter(torch.randn(n_labels, n_genes))
+        grows(self, log_theta=ByLabel(dim=0))
 
     def forward(self, hidden: Tensor, y: Tensor, batch: Tensor) -> Tensor:
         """Log theta of the label of each cell, (..., N, G)."""
         return y @ self.log_theta
-
-    def growth(self) -> dict[str, Growth]:
-        """A row for each label."""
-        return {"log_theta": ByLabel(dim=0)}
 
 
 class GeneCellDispersion(nn.Module):
@@ -206,14 +200,11 @@ class GeneCellDispersion(nn.Module):
     def __init__(self, n_hidden: int, n_genes: int):
         super().__init__()
         self.head = Head(n_hidden, n_genes)
+        grows(self.head, weight=ByCovariates(dim=1))  # which it reads without hidden layers
 
     def forward(self, hidden: Tensor, y: Tensor, batch: Tensor) -> Tensor:
         """Log theta decoded from the hidden units, (..., N, G)."""
         return self.head(hidden)
-
-    def growth(self) -> dict[str, Growth]:
-        """Without hidden layers the head reads the covariates."""
-        return {"head.weight": ByCovariates(dim=1)}
 
 
 @dataclass(frozen=True)

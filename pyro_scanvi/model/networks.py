@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pyro_scanvi.model.growth import ByBatch, Growth
+from pyro_scanvi.model.growth import ByBatch, grows
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -285,14 +285,12 @@ class CovariateEncoder(nn.Module):
         super().__init__()
         dim = batch_embedding_dim
         self.embedding = None if dim is None else nn.Embedding(n_batch, dim)
+        if self.embedding is not None:
+            grows(self.embedding, weight=ByBatch(dim=0))
         self.n_categories = (n_batch if dim is None else 0, *n_cats_per_cov)
         self.n_dense = n_continuous + (batch_embedding_dim or 0)
         # A covariate of one category says nothing.
         self.n_one_hot = sum(n for n in self.n_categories if n > 1)
-
-    def growth(self) -> dict[str, Growth]:
-        """A row of the embedding for each batch."""
-        return {"embedding.weight": ByBatch(dim=0)}
 
     def dense(self, x: Tensor, batch: Tensor, continuous: Tensor | None) -> Tensor:
         """Append continuous covariates and the embedded batch to `x` of shape (..., N, n)."""

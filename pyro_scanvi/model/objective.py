@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_scanvi.data.minibatches import Cells
+from pyro_scanvi.model.contracts import check_traces
 from pyro_scanvi.model.pyro_internals import RevisedELBO, Site, set_log_prob, sites
 
 SMALLEST_WEIGHT = 1e-30  # a minibatch without labels has no classification term
@@ -206,6 +207,10 @@ class SemiSupervisedELBO(RevisedELBO):
         loss = self.parts(model, guide, cells).loss
         loss.backward()
         return loss.item()
+
+    def check(self, model_trace: Trace, guide_trace: Trace) -> None:
+        """Latent sites have counterparts, and nothing broadcasts; where Pyro validates."""
+        check_traces(model_trace, guide_trace)
 
     def revise(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Closed forms first, then the weight of the KLs."""

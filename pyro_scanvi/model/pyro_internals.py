@@ -7,14 +7,17 @@ calls is documented there.
 from collections.abc import Callable
 from typing import Any, cast
 
+import pyro
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
+from pyro.nn import PyroModule
 from pyro.ops import packed
 from pyro.poutine import Trace
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK, effectful
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 
@@ -26,8 +29,11 @@ Site = dict[str, Any]  # what Pyro's type of a site leaves out is read too
 class RevisedELBO(TraceEnum_ELBO):
     """TraceEnum_ELBO that can change log probabilities before they are summed, and tells all.
 
-    One particle, one plate. A subclass overrides :meth:`revise`.
+    One particle, one plate. A subclass overrides :meth:`revise` and :meth:`check`.
     """
+
+    def check(self, model_trace: Trace, guide_trace: Trace) -> None:
+        """Refuse what must not be summed; asked where Pyro's validation is on."""
 
     def revise(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Change log probabilities at sites, by :func:`set_log_prob`."""
@@ -43,6 +49,8 @@ class RevisedELBO(TraceEnum_ELBO):
     def _get_trace(self, model, guide, args, kwargs) -> tuple[Trace, Trace]:
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         _drop_joins(model_trace)
+        if pyro.settings.get("validate_poutine"):
+            self.check(model_trace, guide_trace)
         self.revise(model_trace, guide_trace)
         return model_trace, guide_trace
 
@@ -87,6 +95,43 @@ def set_log_prob(site: Site, log_prob: Tensor) -> None:
     site["packed"]["log_prob"] = packed.pack(
         log_prob * site["scale"], site["infer"]["_dim_to_symbol"]
     )
+
+
+def is_plate(site: Site) -> bool:
+    """Whether it is the subsample of a plate, which a trace holds as a sample."""
+    return site_is_subsample(cast(Any, site))
+
+
+def enumeration_dim(site: Site) -> int | None:
+    """The dimension that enumerates the site's values; None where it is drawn or observed."""
+    return site["infer"].get("_enumerate_dim")
+
+
+def random_parameters(module: nn.Module) -> dict[str, str]:
+    """The attributes of all modules inside that are a PyroSample, and the class that has them."""
+    inside = (m for m in module.modules() if isinstance(m, PyroModule))
+    return {name: type(m).__name__ for m in inside for name in m._pyro_samples}
+
+
+def without_shapes(message: str) -> str:
+    """An error of Pyro without the table that it adds, which lists all parameters too."""
+    return message.partition("Trace Shapes:")[0].rstrip()
+
+
+def shapes_of(guide_trace: Trace, model_trace: Trace) -> str:
+    """The shapes of all samples, distribution and value, as Pyro shows them."""
+    stories = {"guide": guide_trace, "model": model_trace}
+    return "\n".join(f"Sites of the {s} (batch | event):\n{_table(t)}" for s, t in stories.items())
+
+
+def _table(trace: Trace) -> str:
+    """Without parameters, plates and Pyro's headings."""
+    shown = Trace()
+    for name, site in sites(trace).items():
+        if site["type"] == "sample" and not is_plate(site):
+            shown.add_node(name, **site)
+    rows = shown.format_shapes(title="").splitlines()
+    return "\n".join(row.rstrip() for row in rows if row.strip() and "Sites:" not in row)
 
 
 def announce(module: nn.Module, name: str) -> None:

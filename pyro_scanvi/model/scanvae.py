@@ -42,6 +42,7 @@ from pyro_scanvi.model.construction import (
     library_priors,
     likelihood_of,
 )
+from pyro_scanvi.model.contracts import in_plate
 from pyro_scanvi.model.growth import (
     ByBatch,
     ByCovariates,
@@ -461,6 +462,7 @@ class SCANVAE(PiecewiseInterface):
         with (
             pyro.plate("cells", size=cells.n_obs, subsample=cells.index, dim=-1),
             poutine.scale(scale=weight),
+            in_plate(self, len(cells)),
         ):
             yield
 
@@ -514,9 +516,9 @@ class SCANVAE(PiecewiseInterface):
         """How parameters and buffers grow with new labels, batches and categories.
 
         By the name of a tensor, or of a part whose tensors grow alike. What follows from where a
-        part stands is said here; a module that knows better, such as a dispersion, has a method
-        ``growth()`` of its own. For a parameter of one's own add to it:
-        ``return super().growth() | {"log_pi": ByLabel(dim=0)}``.
+        part stands is said here; a module that knows better, such as a dispersion, says so where
+        it makes a tensor, as one does for a parameter of one's own:
+        ``grows(self, log_pi=ByLabel(dim=0))``, see :func:`~pyro_scanvi.model.growth.grows`.
         """
         covariates, labels = ByCovariates(dim=1), ByLabel(dim=1)  # inputs of the linear layers
         return {

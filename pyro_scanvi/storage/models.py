@@ -27,7 +27,8 @@ from pyro_scanvi.storage.files import (
 from pyro_scanvi.storage.stores import read_anndata, write_anndata
 from pyro_scanvi.validation import InputError
 
-FORMAT = 1
+FORMAT = 2  # that of models with parts of one's own; all others are written as before
+WITHOUT_PARTS = 1
 WEIGHTS, RECORD, CELLS = "weights.safetensors", "model.json", "cells.h5ad"
 
 
@@ -55,7 +56,8 @@ def write_model(
     """
     same = _same_tensors(state)
     weights = save_safetensors({k: _own(v) for k, v in state.items() if k not in same})
-    record = {"format": FORMAT, "weights_sha256": _digest(weights), **record}
+    form = FORMAT if record.get("parts") else WITHOUT_PARTS
+    record = {"format": form, "weights_sha256": _digest(weights), **record}
     if same:
         record["same_tensors"] = same
     record["record_sha256"] = _digest(_canonical(record))
@@ -112,10 +114,7 @@ def plain(value: Any, name: str) -> Any:
         return [plain(v, name) for v in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise InputError(
-        f"{name} is a {type(value).__name__}, which is not saved; keep model.module.state_dict() "
-        "and make the model anew with it"
-    )
+    raise InputError(f"{name} is a {type(value).__name__}, which a file does not hold")
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -116,8 +116,8 @@ def placements(old: SCANVAE, new: SCANVAE) -> dict[str, Placement]:
                 f"{name} has shape {tuple(olds[name].shape)} in the reference and "
                 f"{tuple(news[name].shape)} with the new categories, and there is no rule how it "
                 "grows; keep the number of categories (extend_categories=False, no "
-                "extend_labels), give it a shape that does not depend on them, or a rule in "
-                "growth() of its class"
+                "extend_labels), give it a shape that does not depend on them, or a rule where it "
+                "is made: pyro_scanvi.model.growth.grows"
             )
         places[name] = place
     return places

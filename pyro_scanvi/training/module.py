@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_scanvi.data.minibatches import Cells
+from pyro_scanvi.model.contracts import BROKEN, explained
 from pyro_scanvi.model.objective import ObjectiveParts
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.training import checkpoints, nonfinite
@@ -154,9 +155,12 @@ class LightningObjective(lightning.LightningModule):
         try:
             with pyro.validation_enabled(checking):
                 parts = self.bound.parts(cells)
-        except ValueError:  # Pyro's own check, which cannot say where
+        except BROKEN as error:  # Pyro's own check, or torch, which cannot say where
             self._refuse_non_finite()
-            raise
+            said = explained(error, self.vae, self.bound.model, self.bound.guide, cells)
+            if said is error:
+                raise
+            raise said from error
         if not parts.loss.isfinite():
             raise self.diagnose("loss")
         return parts

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_scanvi.data.minibatches import Cells
+from pyro_scanvi.model.contracts import BROKEN
 from pyro_scanvi.model.likelihoods import elementwise
 from pyro_scanvi.model.pyro_internals import element_log_prob
 from pyro_scanvi.names import first
@@ -101,7 +102,7 @@ def first_fault(model: Callable, guide: Callable, cells: Cells) -> Fault:
         with pyro.validation_enabled(False), torch.enable_grad(), finder:
             guide_trace = poutine.trace(guide).get_trace(cells)
             poutine.replay(model, guide_trace)(cells)
-    except _Found:
+    except (_Found, *BROKEN):  # where shapes are wrong, there is nothing to find
         pass
     return finder.fault
 

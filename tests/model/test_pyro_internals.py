@@ -9,14 +9,20 @@ import torch
 from pyro import poutine
 from pyro.distributions import Categorical, Normal
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_scanvi.model.pyro_internals import (
     RevisedELBO,
     announce,
     element_log_prob,
+    enumeration_dim,
+    is_plate,
+    random_parameters,
     set_log_prob,
+    shapes_of,
     sites,
+    without_shapes,
 )
 
 P, SCALE, N = torch.tensor([0.2, 0.3, 0.5]), 7.0, 4
@@ -99,6 +105,56 @@ def test_sites_that_join_observed_and_unobserved_are_dropped():
     elbo = RevisedELBO(max_plate_nesting=1, strict_enumeration_warning=False)
     left = sites(elbo.traces(joined, its_guide)[0])
     assert {"a_observed", "a_unobserved"} <= set(left) and "a" not in left
+
+
+def test_checks_are_asked_where_pyro_validates():
+    asked = []
+
+    class Checked(RevisedELBO):
+        def check(self, model_trace, guide_trace):
+            asked.append(enumeration_dim(sites(guide_trace)["y"]))
+
+    elbo = Checked(max_plate_nesting=1)
+    for on in (True, False, True):
+        with pyro.validation_enabled(on):
+            elbo.traces(model, guide)
+    assert asked == [-2, -2]
+
+
+def test_plates_and_observed_sites_are_told_from_draws():
+    def subsampled():
+        with pyro.plate("cells", 9, subsample=torch.arange(N)):
+            pyro.sample("y", Categorical(P.double()))
+
+    trace = poutine.trace(subsampled).get_trace()
+    assert [n for n, s in sites(trace).items() if s["type"] == "sample" and is_plate(s)] == [
+        "cells"
+    ]
+    assert "cells" not in shapes_of(trace, trace)
+    model_trace, guide_trace = RevisedELBO(max_plate_nesting=1).traces(model, guide)
+    assert enumeration_dim(sites(model_trace)["x"]) is None
+    rows = [row.split() for row in shapes_of(guide_trace, model_trace).splitlines()]
+    assert ["y", "dist", "4", "|"] in rows and ["value", "3", "1", "|"] in rows
+
+
+def test_the_table_that_pyro_adds_to_an_error_is_cut():
+    def broken():
+        pyro.param("weight", torch.ones(3))
+        raise ValueError("what is wrong")
+
+    with pyro.get_param_store().scope(), pytest.raises(ValueError, match="weight") as raised:
+        poutine.trace(broken).get_trace()
+    assert without_shapes(str(raised.value)) == "what is wrong"
+    assert without_shapes("anything") == "anything"
+
+
+def test_random_parameters_are_found_in_all_modules_inside():
+    class Random(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.log_theta = PyroSample(Normal(0.0, 1.0))
+
+    assert random_parameters(nn.Sequential(nn.Linear(1, 1), Random())) == {"log_theta": "Random"}
 
 
 def test_announced_parameters_are_stepped_and_stored_nowhere():

@@ -9,7 +9,7 @@ from pyro.distributions import OneHotCategorical
 from torch import nn
 
 from pyro_scanvi import SCANVAE, InputError
-from pyro_scanvi.model.growth import ByBatch, ByLabel, from_the_data
+from pyro_scanvi.model.growth import ByBatch, ByLabel, from_the_data, grows, told
 from pyro_scanvi.surgery.growing import placements
 from tests.estimator.test_extension import LearnedMixture
 from tests.examples import SIZES, enlarged, random_cells, small_vae
@@ -246,12 +246,10 @@ class LearnedPi(SCANVAE):
     def __init__(self, *args, rarer=1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.log_pi = nn.Parameter(-rarer * torch.arange(float(self.n_labels)))
+        grows(self, log_pi=ByLabel(dim=0))
 
     def p_y(self, cells):
         return OneHotCategorical(logits=self.log_pi)
-
-    def growth(self):
-        return super().growth() | {"log_pi": ByLabel(dim=0)}
 
 
 def test_a_learned_label_prior_grows():
@@ -263,6 +261,43 @@ def test_a_learned_label_prior_grows():
     ratios = [prior[:3] / prior[0] for prior in priors]
     torch.testing.assert_close(ratios[1], ratios[0])
     assert placements(old, new)["log_pi"].new == {3: [0, 1, 2], 4: [0, 1, 2]}
+
+
+class ByMethod(BatchShift):
+    """The whole table is overridden."""
+
+    def growth(self):
+        return super().growth() | {"shift": ByBatch(dim=0)}
+
+
+class ByNote(BatchShift):
+    """The rule stands beside the parameter; that of a part inside too."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        grows(self, shift=ByBatch(dim=0))
+        self.inner = nn.Linear(2, self.n_labels)
+        grows(self.inner, weight=ByLabel(dim=0), bias=ByLabel(dim=0))
+
+
+def test_a_rule_beside_the_parameter_is_as_good_as_one_in_the_table():
+    """In copies too; for other tensors the rules are those of the model as it comes."""
+    rules = [kind(**sizes_of(2, [3], 3)).growth() for kind in (ByMethod, ByNote, SCANVAE)]
+    own = {"shift": ByBatch(dim=0), "inner.weight": ByLabel(dim=0), "inner.bias": ByLabel(dim=0)}
+    assert rules[1] == rules[0] | own == rules[2] | own
+    vae = ByNote(**sizes_of(2, [3], 3))
+    assert copy.deepcopy(vae).growth() == vae.growth()
+    assert told(vae) == own
+    old = ByNote(**sizes_of(2, [3], 3))
+    old.shift.data[:] = torch.tensor([1.0, 3.0])
+    new = enlarged(old, sizes_of(3, [3], 4))
+    assert new.shift.tolist() == [1, 3, 2]
+    torch.testing.assert_close(new.inner.weight[3], old.inner.weight.mean(0))
+
+
+def test_a_rule_of_nothing_is_refused():
+    with pytest.raises(InputError, match="Linear has no 'wieght' to grow"):
+        grows(nn.Linear(2, 2), wieght=ByLabel(dim=0))
 
 
 def test_a_dispersion_of_ones_own_says_how_it_grows():
