@@ -29,6 +29,7 @@ from pyro_scanvi.data.columns import (
 )
 from pyro_scanvi.data.counts import CountsPlace
 from pyro_scanvi.data.extra import Extra, find_extra
+from pyro_scanvi.data.label_sources import LabelSources
 from pyro_scanvi.data.labels import check_meant, check_not_ours, find_classes, unlabeled_name
 from pyro_scanvi.data.minibatches import UNLABELED, CellData, Named
 from pyro_scanvi.names import first
@@ -59,6 +60,8 @@ class Fields:
         Whether the counts stand in ``raw``.
     extra
         Further data of each cell, where they stand and their columns.
+    sources
+        Where else labels stand, and which sets of labels have a name.
 
     Examples
     --------
@@ -84,6 +87,7 @@ class Fields:
     genes: np.ndarray
     use_raw: bool = False
     extra: tuple[Extra, ...] = ()
+    sources: LabelSources = LabelSources()
 
     @classmethod
     def from_anndata(
@@ -99,6 +103,7 @@ class Fields:
         use_raw: bool = False,
         n_top_genes: int | None = None,
         extra: Mapping[str, str] | None = None,
+        sources: LabelSources = LabelSources(),  # noqa: B008  # frozen
     ) -> "Fields":
         """Check an AnnData and find the categories of its columns; raises InputError."""
         check_names(adata)
@@ -111,6 +116,7 @@ class Fields:
         check_keys(adata, [k for k in (labels, batch, size, *categorical, *continuous) if k])
         place = CountsPlace.find(adata, layer, use_raw)
         check_gene_names(place.genes(adata))
+        sources = sources.found(adata, labels, unlabeled)
         fields = cls(
             labels_key=labels,
             unlabeled_category=unlabeled,
@@ -119,12 +125,13 @@ class Fields:
             size_factor_key=size,
             categorical_covariate_keys=categorical,
             continuous_covariate_keys=continuous,
-            classes=find_classes(adata, labels, unlabeled),
+            classes=find_classes(adata, labels, unlabeled, sources),
             batches=_batches(adata, batch),
             covariate_categories=tuple(categories(adata, key) for key in categorical),
             genes=place.genes(adata).to_numpy(dtype=str),
             use_raw=place.use_raw,
             extra=find_extra(adata, extra),
+            sources=sources,
         )
         data = fields.encode(adata)
         for of_cells in fields.extra:
@@ -216,19 +223,23 @@ class Fields:
         read = self._read_covariates if covariates else self._read_covariates_if_possible
         return CellData(
             counts=self.place.own_counts(adata, columns),
-            label=self._label_codes(adata) if labels else np.full(adata.n_obs, UNLABELED),
             extra=self._extra_data(adata, extra),
+            **(self._labels(adata) if labels else {"label": np.full(adata.n_obs, UNLABELED)}),
             **read(adata),
         )
 
-    def check_labels_unchanged(self, adata: ad.AnnData, label: np.ndarray) -> None:
-        """Refuse an AnnData whose labels are no longer those codes."""
+    def check_labels_unchanged(self, adata: ad.AnnData, data: CellData) -> None:
+        """Refuse an AnnData whose labels are no longer those of `data`."""
         if self.labels_key not in adata.obs:
             return
-        changed = self._label_codes(adata) != label
+        now = self._labels(adata)
+        changed = np.zeros(adata.n_obs, dtype=bool)
+        for name, values in now.items():
+            changed |= differ(getattr(data, name), values)
         if changed.any():
             raise InputError(
-                f"obs[{self.labels_key!r}] has changed in {changed.sum()} cells"
+                f"obs[{self.labels_key!r}], or what else says labels, has changed in "
+                f"{changed.sum()} cells"
                 f"{first(adata.obs_names[changed])} since the model was made, which keeps the "
                 "labels that it was made with; make a new model with SCANVI(adata), or put the "
                 "labels back"
@@ -273,6 +284,8 @@ class Fields:
             "n_cats_per_cov": [len(c) for c in self.covariate_categories],
             "use_size_factor_key": bool(self.size_factor_key),
         }
+        if self.sources.annotator_keys:
+            sizes["n_annotators"] = 1 + len(self.sources.annotator_keys)
         if self.extra:  # a class that knows of none is not asked to take them
             sizes["n_extra"] = {extra.name: extra.width(len(self.genes)) for extra in self.extra}
         return sizes
@@ -298,15 +311,22 @@ class Fields:
             )
         return positions
 
+    def _labels(self, adata: ad.AnnData) -> dict[str, Any]:
+        """What is known of labels: codes, evidence and annotations, as CellData has them."""
+        codes = self._label_codes(adata)
+        return self.sources.read(adata, codes, self.classes, self.unlabeled_category)
+
     def _label_codes(self, adata: ad.AnnData) -> np.ndarray:
+        """Codes of labels, (N,); after those the number of a set of labels."""
         if self.labels_key not in adata.obs:  # new cells may come without labels
             return np.full(adata.n_obs, UNLABELED)
         column = column_of(adata, self.labels_key)
-        codes = codes_of(column, [*self.classes, self.unlabeled_category])
+        known = [*self.classes, *self.sources.set_names]
+        codes = codes_of(column, [*known, self.unlabeled_category])
         unseen = names_of_cells(column, codes == UNSEEN)
         check_meant(unseen, self.labels_key, self.unlabeled_category)
         refuse_unseen(unseen, self.classes, f"obs[{self.labels_key!r}]", "labels")
-        return np.where((codes == len(self.classes)) | (codes == MISSING), UNLABELED, codes)
+        return np.where((codes == len(known)) | (codes == MISSING), UNLABELED, codes)
 
     def _read_covariates(self, adata: ad.AnnData) -> dict[str, Any]:
         keys = [self.batch_key, self.size_factor_key]
@@ -360,6 +380,13 @@ class Fields:
                 f"in cell {adata.obs_names[values <= 0][0]!r}; size factors multiply expression"
             )
         return values[:, None].copy()  # a float32 column would be shared with the AnnData
+
+
+def differ(one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray:
+    """Whether the entries of each cell differ, (N,), or of two Nones, which are equal."""
+    if one is None or other is None:
+        return np.array(one is not other)
+    return (one != other).reshape(len(one), -1).any(1)
 
 
 def _batches(adata: ad.AnnData, batch_key: str) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scanvi.data.columns import categories, column_of, names_of_cells
+from pyro_scanvi.data.label_sources import LabelSources
 from pyro_scanvi.names import listed, name_of, names_of, reads_unlabeled, renaming
 from pyro_scanvi.validation import InputError
 
@@ -30,26 +31,41 @@ def check_not_ours(labels_key: str) -> None:
         )
 
 
-def find_classes(adata: ad.AnnData, labels_key: str, unlabeled_category: str) -> np.ndarray:
-    """The labels that occur, in the order of their categories, without the unlabelled one."""
+def find_classes(
+    adata: ad.AnnData,
+    labels_key: str,
+    unlabeled_category: str,
+    sources: LabelSources = LabelSources(),  # noqa: B008  # frozen
+) -> np.ndarray:
+    """The labels that occur, in the order of their categories, and then those that are named.
+
+    Neither the unlabelled category nor a name of a set of labels is one.
+    """
     labels = column_of(adata, labels_key)
     check_meant(names_of_cells(labels, None), labels_key, unlabeled_category)
     found = categories(adata, labels_key, complete=False)
-    is_class = np.array(names_of(found)) != unlabeled_category
-    classes, column = found[is_class], f"obs[{labels_key!r}]"
+    is_class = ~np.isin(names_of(found), [unlabeled_category, *sources.set_names])
+    occurring, column = found[is_class], f"obs[{labels_key!r}]"
+    classes = with_named(occurring, sources.named(adata, unlabeled_category))
     if len(classes) == 0:
         raise InputError(f"no cell is labelled: {column} is {unlabeled_category!r} everywhere")
     if len(classes) == 1:
         raise InputError(
             f"{column} has a single class, {classes[0]!r}; there is nothing to tell apart"
         )
-    if is_class.all() and not labels.isna().any():
+    if unlabeled_category not in names_of(found) and not labels.isna().any():
         warnings.warn(
             f"{unlabeled_category!r} does not occur in {column}: all {adata.n_obs} cells count as "
             f"labelled, as {listed(classes)}",
             stacklevel=3,
         )
     return classes
+
+
+def with_named(known: np.ndarray, names: list[str]) -> np.ndarray:
+    """The labels with those names that are not among them; as strings where they were numbers."""
+    new = [name for name in names if name not in names_of(known)]
+    return np.array([*names_of(known), *new], dtype=object) if new else known
 
 
 def check_meant(labels: pd.Series, labels_key: str, unlabeled: str) -> None:

@@ -13,10 +13,13 @@ import numpy as np
 
 from pyro_scanvi.data.columns import check_names
 from pyro_scanvi.data.extra import Extra
+from pyro_scanvi.data.label_sources import LabelSources
 from pyro_scanvi.validation import InputError
 
 UNS_KEY = "pyro_scanvi"
 KEYS = ("categorical_covariate_keys", "continuous_covariate_keys")
+LISTS = ("labels", "set_names", "coarse_names", "annotator_keys")  # of label sources
+MEMBERS = ("set_members", "coarse_members")
 ARRAYS = ("classes", "batches", "genes")
 
 
@@ -31,6 +34,7 @@ def to_uns(arguments: Mapping[str, Any]) -> dict[str, Any]:
         **keys,
         "covariate_categories": covariates,
         "extra": _by_number(extra),
+        "sources": _sources_to_uns(arguments["sources"]),
     }
 
 
@@ -43,8 +47,12 @@ def from_uns(adata: ad.AnnData) -> dict[str, Any]:
         )
     stored = adata.uns[UNS_KEY]["setup"]
     covariates = _in_order(stored["covariate_categories"])
-    extra = _in_order(stored.get("extra", {}))  # not in old notes
-    return from_json({**stored, "covariate_categories": covariates, "extra": extra})
+    extra = _in_order(stored.get("extra", {}))  # this one and the next: not in old notes
+    sources = dict(stored.get("sources", {}))
+    if sources:
+        sources |= {name: _in_order(sources[name]) for name in MEMBERS}
+    noted = {"covariate_categories": covariates, "extra": extra, "sources": sources}
+    return from_json({**stored, **noted})
 
 
 def from_json(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,14 +62,34 @@ def from_json(stored: Mapping[str, Any]) -> dict[str, Any]:
         **{name: np.array(stored[name]) for name in ARRAYS},
         **{name: tuple(map(str, stored[name])) for name in KEYS},
         "covariate_categories": tuple(map(np.array, stored["covariate_categories"])),
-        "use_raw": bool(stored.get("use_raw", False)),  # this one and the next: not in old records
+        "use_raw": bool(stored.get("use_raw", False)),  # these are not in old records
         "extra": tuple(_extra(entry) for entry in stored.get("extra", ())),
+        "sources": _sources(stored.get("sources", {})),
     }
 
 
 def _extra(entry: Mapping[str, Any]) -> Extra:
     columns = tuple(map(str, entry["columns"]))
     return Extra(str(entry["name"]), str(entry["place"]), int(entry["n_columns"]), columns)
+
+
+def _sources_to_uns(sources: Mapping[str, Any]) -> dict[str, Any]:
+    lists = {name: np.array(sources[name], dtype=object) for name in LISTS}
+    members = {
+        name: _by_number(np.array(labels, dtype=object) for labels in sources[name])
+        for name in MEMBERS
+    }
+    return {**sources, **lists, **members}
+
+
+def _sources(stored: Mapping[str, Any]) -> LabelSources:
+    if not stored:
+        return LabelSources()
+    arguments: dict[str, Any] = {name: str(stored[name]) for name in ("coarse_key", "soft_key")}
+    arguments |= {name: tuple(map(str, stored[name])) for name in LISTS}
+    for name in MEMBERS:
+        arguments[name] = tuple(tuple(map(str, labels)) for labels in stored[name])
+    return LabelSources(**arguments)
 
 
 def _by_number(values: Iterable) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 
 from pyro_scanvi.data.columns import weights_of
 from pyro_scanvi.data.fields import Fields
+from pyro_scanvi.data.label_sources import LabelSources
 from pyro_scanvi.data.labels import WRITTEN
 from pyro_scanvi.data.minibatches import CellData, library_prior, split
 from pyro_scanvi.data.notes import UNS_KEY
@@ -60,6 +61,7 @@ FROM_DATA = (
     "n_cats_per_cov",
     "use_size_factor_key",
     "n_extra",
+    "n_annotators",
 )
 
 PLAN_SETTINGS = [field.name for field in fields(Plan)]
@@ -255,6 +257,12 @@ class SCANVI(
         use_raw: bool = False,
         n_top_genes: int | None = None,
         extra: Mapping[str, str] | None = None,
+        labels: Iterable | None = None,
+        label_sets: Mapping[str, Iterable] | None = None,
+        label_parents: Mapping[str, str] | None = None,
+        coarse_labels_key: str | None = None,
+        soft_labels_key: str | None = None,
+        annotator_keys: Iterable[str] | None = None,
         **unknown: Any,
     ) -> None:
         """Check an AnnData and note which of its columns mean what.
@@ -292,6 +300,23 @@ class SCANVI(
             a sparse matrix or a DataFrame, whose columns are found by name in new cells, and a row
             of NaN for a cell that was not measured; obs a column of numbers or booleans. All other
             numbers are finite.
+        labels
+            Labels that exist though they may label no cell; they come after those that do.
+        label_sets
+            Values of `labels_key` that stand for several labels, from a name to the labels, or to
+            names of other sets: ``{"T cell": ["CD4 T", "CD8 T"]}``.
+        label_parents
+            The same as a tree, from each label or node to the node above it.
+        coarse_labels_key
+            Column of ``obs`` with coarser labels, read where the label is not known. Each stands
+            for those labels that it stands beside in other cells, or for its `label_sets`.
+        soft_labels_key
+            Matrix of ``obsm`` with probabilities of labels, read where nothing else is known: a
+            DataFrame with columns called as the labels, or an array in their order; a row of NaN
+            or zeros is none. They are taken for p(what is known | label), up to a factor.
+        annotator_keys
+            Columns of ``obs`` with the labels of further annotators; see ``label_noise`` of
+            :class:`~pyro_scanvi.SCANVAE`, without which they must not err.
 
         Raises
         ------
@@ -320,6 +345,14 @@ class SCANVI(
             use_raw,
             n_top_genes,
             extra,
+            LabelSources.of(
+                labels,
+                label_sets,
+                label_parents,
+                coarse_labels_key,
+                soft_labels_key,
+                annotator_keys,
+            ),
         )
         fields.note(adata)
 
@@ -957,7 +990,7 @@ class SCANVI(
                 "anew, or filter a copy (adata[cells].copy()) next time"
             )
         if labels:
-            self.fields.check_labels_unchanged(self.adata, self._data.label)
+            self.fields.check_labels_unchanged(self.adata, self._data)
 
 
 def _explicit(arguments: Mapping[str, Any]) -> dict[str, Any]:

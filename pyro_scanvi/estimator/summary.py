@@ -40,6 +40,7 @@ def description(model: Described, label: np.ndarray) -> str:
         f"SCANVI of {len(label)} cells and {len(fields.genes)} genes, counts in {fields.place}",
         f"labels: {_told(fields.labels_key, fields.classes)}, known of {n_labelled} cells; the "
         f"others are {fields.unlabeled_category!r}",
+        *([f"further labels: {', '.join(_sources(fields))}"] if _sources(fields) else []),
         f"batch: {', '.join(batches) or 'none'}",
         f"covariates: {', '.join(others) or 'none'}",
         *([f"extra: {', '.join(more)}"] if fields.extra else []),
@@ -70,6 +71,15 @@ def setup_table(fields: Fields) -> pd.DataFrame:
         "categories": ["" if k is None else listed(k) for *_, k in rows],
     }
     return pd.DataFrame(table, index=pd.Index([what for what, *_ in rows], name="field"))
+
+
+def _sources(fields: Fields) -> list[str]:
+    """Where labels stand beside their column."""
+    sources = fields.sources
+    sets = [f"{len(sources.set_names)} sets ({listed(sources.set_names)})"]
+    columns = [key for key in (sources.coarse_key, *sources.annotator_keys) if key]
+    soft = [f"obsm[{sources.soft_key!r}]"] if sources.soft_key else []
+    return [*(sets if sources.set_names else []), *(f"obs[{key!r}]" for key in columns), *soft]
 
 
 def _columns(fields: Fields) -> list[tuple[str, str, np.ndarray | None]]:

@@ -221,17 +221,13 @@ class SCANVAE(PiecewiseInterface):
         categories, self.n_extra = tuple(n_cats_per_cov or ()), arguments.checked_widths(n_extra)
         sizes = DataSizes(n_input, n_batch, n_labels, n_continuous_cov, categories)
         layers = Layers(n_hidden, n_layers, dropout_rate, use_batch_norm, use_layer_norm)
-        self.n_input, self.n_batch, self.n_labels = n_input, max(n_batch, 1), n_labels
-        self.n_continuous_cov, self.n_cats_per_cov = n_continuous_cov, categories
-        self.n_hidden, self.n_latent, self.n_layers = n_hidden, n_latent, n_layers
-        self.dropout_rate, self.deep = dropout_rate, deeply_inject_covariates
+        self._set_sizes(sizes, layers)
+        self.n_latent, self.deep = n_latent, deeply_inject_covariates
         self.log_variational, self.encode_covariates = log_variational, encode_covariates
         self._set_library(
             use_observed_lib_size, use_size_factor_key, library_log_means, library_log_vars
         )
-        self.register_buffer("y_prior", arguments.checked_label_prior(y_prior, n_labels))
-        make_noise = validation.look_up(LABEL_NOISE, label_noise, "label_noise")
-        self.label_noise = make_noise(LabelSizes(n_labels, n_annotators))
+        self._set_labels(y_prior, label_noise, LabelSizes(n_labels, n_annotators))
         self.state = latent_transform(latent_distribution)
         self.covariates = covariate_encoder(sizes, batch_representation, batch_embedding_kwargs)
         self._build_encoders(layers, var_activation or torch.exp, extra_encoder_kwargs)
@@ -240,6 +236,16 @@ class SCANVAE(PiecewiseInterface):
             layers, n_latent, n_labels, classifier_parameters, linear_classifier, groups
         )
         self._build_decoders(layers, gene_likelihood, dispersion, extra_decoder_kwargs)
+
+    def _set_sizes(self, sizes: DataSizes, layers: Layers) -> None:
+        self.n_input, self.n_labels = sizes.n_input, sizes.n_labels
+        self.n_batch, self.n_cats_per_cov = max(sizes.n_batch, 1), sizes.n_cats_per_cov
+        self.n_continuous_cov, self.dropout_rate = sizes.n_continuous_cov, layers.dropout_rate
+        self.n_hidden, self.n_layers = layers.n_hidden, layers.n_layers
+
+    def _set_labels(self, y_prior: Any, noise: str | Callable, sizes: LabelSizes) -> None:
+        self.register_buffer("y_prior", arguments.checked_label_prior(y_prior, sizes.n_labels))
+        self.label_noise = validation.look_up(LABEL_NOISE, noise, "label_noise")(sizes)
 
     def _set_library(self, observed: bool, size_factor: bool, means: Any, variances: Any) -> None:
         check_one_size(size_factor, observed)
