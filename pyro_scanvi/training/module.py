@@ -56,7 +56,6 @@ class LightningObjective(lightning.LightningModule):
         super().__init__()
         self.vae, self.plan, self.phase = vae, plan, phase
         self.bound = phase.bind(vae, plan)
-        self.elbo = self.bound.elbo
         self.first_epoch = first_epoch
         self.rows = [] if rows is None else rows
         self.identity = dict(identity or {})
@@ -93,7 +92,8 @@ class LightningObjective(lightning.LightningModule):
 
     def training_step(self, cells: Cells) -> torch.Tensor:
         """Loss of a minibatch."""
-        self.elbo.kl_weight = self.plan.kl_weight(self.current_epoch, self.global_step)
+        if self.bound.kl_weight is not None:
+            self.bound.kl_weight = self.plan.kl_weight(self.current_epoch, self.global_step)
         if self.classified is not None:
             cells = replace(cells, classified=self.classified_now[cells.index])
         parts = self._parts(cells)
@@ -141,8 +141,8 @@ class LightningObjective(lightning.LightningModule):
     def diagnose(self, quantity: str) -> NonFiniteError:
         """What is not finite for the last minibatch; see :mod:`pyro_scanvi.training.nonfinite`."""
         torch.set_rng_state(self.last_random_state)  # of the CPU; a GPU's would be slow to keep
-        bound = self.bound
-        fault = first_fault(bound.model, bound.guide, self.last_cells)
+        story = self.phase.story(self.vae)
+        fault = first_fault(story.model, story.guide, self.last_cells)
         fault.cells = self.last_cells.index.cpu().numpy()[fault.cells]
         parameters = nonfinite.bad_gradients(self.vae)
         return NonFiniteError(quantity, self.epoch, fault, parameters, self.trainer.validating)

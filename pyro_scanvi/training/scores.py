@@ -21,8 +21,9 @@ class EpochScores:
     def add(self, parts: ObjectiveParts, cells: Cells) -> None:
         """Take in a minibatch."""
         self.n_cells += len(cells)
-        self.sums["elbo"] += parts.elbo().sum().item()
-        self.sums["reconstruction"] += parts.reconstruction.sum().item()
+        self.sums["elbo"] += parts.elbo().expand(len(cells)).sum().item()
+        if parts.reconstructions:
+            self.sums["reconstruction"] += parts.reconstruction.sum().item()
         if len(parts.reconstructions) > 1:
             for site, cost in parts.reconstructions.items():
                 self.sums[f"reconstruction_{site}"] += cost.sum().item()
@@ -30,7 +31,7 @@ class EpochScores:
             self.sums["kl_shared"] += cost.item() / parts.n_obs * len(cells)
         for site, kl in parts.kl.items():
             self.sums[f"kl_{site}"] += kl.sum().item()
-        if parts.logits is None:
+        if parts.logits is None or parts.classification is None:
             return
         self.sums["cross_entropy"] += parts.classification.sum().item()
         labelled = cells.labelled
