@@ -304,7 +304,10 @@ def _log_repeats(site: Site) -> Tensor:
 
 def _scale(p: dict[str, Site]) -> Tensor:
     """What each cell counts, (N,) or (); InputError where its sites differ."""
-    scales = {name: torch.as_tensor(site["scale"]) for name, site in _of_cells(p).items()}
+    scales = {
+        name: torch.as_tensor(site["scale"], dtype=site["unscaled_log_prob"].dtype)
+        for name, site in _of_cells(p).items()
+    }
     (first, scale), *others = scales.items()
     for name, other in others:
         if not scale.equal(other):
