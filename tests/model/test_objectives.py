@@ -92,6 +92,7 @@ def test_particles_are_the_mean_of_single_draws(play, model, closed_form):
     play(noise)
     several = ELBO(closed_form, num_particles=3)(vae, plan)
     several.kl_weight = 0.3
+    assert several.kl_weight == 0.3
     found = several.parts(cells)
     singles = []
     for k in range(3):
@@ -399,6 +400,13 @@ def test_a_subclass_is_handed_in_by_its_class(play):
     cells = random_cells(vae)
     found, plain = (seeded(o, vae, cells) for o in (ELBO(kind=Tempered), ELBO()))
     torch.testing.assert_close(found.loss, 0.5 * plain.loss)
+
+
+def test_without_a_classifier_nothing_is_classified():
+    vae = double_vae()
+    bound = SemiSupervisedELBO(None, num_particles=2)(vae.model, vae.guide)
+    parts = bound.parts(random_cells(vae, "all"))
+    assert parts.logits is None and not parts.classification.any()
 
 
 def test_a_loss_alone_is_enough():
