@@ -23,22 +23,22 @@ class Phase:
         How many epochs the settings give it; it is left out where they are none.
     bind
         Its objective, bound to the model, as the plan weighs it.
-    story
-        Model and guide, where one looks for what is not finite.
     watched
         Whether its scores are acted on: by early stopping, by the schedule of the learning rate
         and by callbacks of the user.
     learns_labels
         Whether the model answers after an epoch of it.
+    story
+        Model and guide, where one looks for what is not finite.
     """
 
     name: str
     held_out: str
     n_epochs: Callable[[DataSettings], int]
     bind: Callable[[SCANVAE, Plan], Bound]
-    story: Callable[[SCANVAE], SCANVAE | Unsupervised]
     watched: bool = False
     learns_labels: bool = False
+    story: Callable[[SCANVAE], SCANVAE | Unsupervised] = lambda vae: vae
 
 
 def _unsupervised(vae: SCANVAE, plan: Plan) -> Bound:
@@ -56,14 +56,13 @@ WARM_START = Phase(
     "pretrain_validation",
     lambda settings: settings.pretrain_epochs,
     _unsupervised,
-    Unsupervised,
+    story=Unsupervised,
 )
 TRAINING = Phase(
     TRAIN,
     VALIDATION,
     lambda settings: settings.max_epochs,
     _of_the_plan,
-    lambda vae: vae,
     watched=True,
     learns_labels=True,
 )
