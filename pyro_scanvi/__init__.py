@@ -3,8 +3,20 @@
 from pyro_scanvi.data.counts import drop_empty_cells
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.estimator.scanvi import SCANVI
-from pyro_scanvi.model.objective import SemiSupervisedELBO
+from pyro_scanvi.model.objective import ObjectiveParts, SemiSupervisedELBO
+from pyro_scanvi.model.objectives import ELBO, IWAE, PyroLoss
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.validation import InputError
 
-__all__ = ["SCANVAE", "SCANVI", "Cells", "InputError", "SemiSupervisedELBO", "drop_empty_cells"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "SCANVAE",
+    "SCANVI",
+    "Cells",
+    "InputError",
+    "ObjectiveParts",
+    "PyroLoss",
+    "SemiSupervisedELBO",
+    "drop_empty_cells",
+]

@@ -23,6 +23,7 @@ from pyro_scanvi.data.minibatches import CellData, library_prior, split
 from pyro_scanvi.data.notes import UNS_KEY
 from pyro_scanvi.estimator import summary
 from pyro_scanvi.estimator.saved import Saved
+from pyro_scanvi.model.objectives import Objective
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.names import first
 from pyro_scanvi.posterior.correlation import Correlation
@@ -64,7 +65,7 @@ FROM_DATA = (
     "n_annotators",
 )
 
-PLAN_SETTINGS = [field.name for field in fields(Plan)]
+PLAN_SETTINGS = [field.name for field in fields(Plan) if field.name != "objective"]
 
 # Where they differ from those of SCANVAE, which are scvi-tools': with few labels these label other
 # cells better. The encoder learns the labelled cells by heart all the same: in the latent space
@@ -372,6 +373,7 @@ class SCANVI(
         early_stopping_patience: int = 45,
         check_val_every_n_epoch: int = 1,
         plan_kwargs: Mapping[str, Any] | None = None,
+        objective: Objective | None = None,
         callbacks: Sequence[Callback] = (),
         logger: Logger | Sequence[Logger] | bool = False,
         accelerator: str = "auto",
@@ -420,6 +422,14 @@ class SCANVI(
         plan_kwargs
             Fields of :class:`~pyro_scanvi.training.settings.Plan`: learning rate, optimiser, KL
             warm-up, ...
+        objective
+            What is minimised: :class:`~pyro_scanvi.ELBO` with settings, such as
+            ``ELBO(num_particles=5)``, an importance-weighted bound, ``IWAE()``, a loss of Pyro,
+            ``PyroLoss(...)``, or one of one's own: called with the module and the plan, it gives
+            what has ``parts(cells)`` and ``kl_weight``; see
+            :class:`~pyro_scanvi.model.objectives.Objective`. None is ``ELBO()``. Held-out cells are
+            scored by it too, and `elbo` in the history is the bound that is trained; a warm start
+            keeps its own. ``training_settings`` and checkpoints tell it as text.
         callbacks, logger
             Lightning's, beside our own; lists, or for the logger one.
         accelerator, devices, precision
@@ -448,7 +458,7 @@ class SCANVI(
         ------
         InputError, TypeError
             For arguments that make no sense, such as early stopping by cells that are never
-            scored; nothing is computed then.
+            scored; nothing is computed then. An objective is tried on a few cells first.
         NonFiniteError
             If a loss or gradient is not finite: it names the site, the genes and the cells. The
             model keeps the last weights for which both were.
@@ -488,7 +498,7 @@ class SCANVI(
             progress_bar=progress_bar,
             trainer_kwargs=trainer_kwargs,
         )
-        plan = Plan.of(plan_kwargs or {})
+        plan = Plan.of(plan_kwargs or {}, objective)
         self._fit(plan, data_settings, trainer_settings, cell_weights, ckpt_path)
         return self
 

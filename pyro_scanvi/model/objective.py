@@ -17,8 +17,9 @@ Further observed sites add their -log p. Sites that all cells share, outside the
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
+from typing import Protocol
 
 import torch
 from pyro.distributions import Delta, OneHotCategorical, TorchDistribution
@@ -29,14 +30,18 @@ from torch.distributions import kl_divergence
 
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.contracts import check_traces
-from pyro_scanvi.model.pyro_internals import RevisedELBO, Site, set_log_prob, sites
+from pyro_scanvi.model.pyro_internals import CELLS, RevisedELBO, Site, set_log_prob, sites
 
 SMALLEST_WEIGHT = 1e-30  # a minibatch without labels has no classification term
+CLOSED_FORM = ("u", "l")
+WEIGHTED = ("u", "y", "l")
 
 
 @dataclass(frozen=True)
 class ObjectiveParts:
     """A loss, and what it is made of. Nats; per cell means shape (N,).
+
+    An objective of one's own tells what it knows: ``ObjectiveParts(loss)`` is enough to train.
 
     Attributes
     ----------
@@ -52,21 +57,25 @@ class ObjectiveParts:
         Number of cells that share those.
     classification
         -log sum_y q(y | E z) p(e | y) of each cell, the cross-entropy at an exact label; 0 where
-        nothing is known of the label.
+        nothing is known of the label. It is read where there are logits.
     informative
-        Whether anything is known of the label of each cell.
+        Whether anything is known of the label of each cell; None where those are the labelled.
     logits
         Logits of q(y | E z), (N, L); None without a classifier.
+    bounds
+        The bound of each cell at KL weight 1, without shared sites, where it is not minus the sum
+        of its parts; None where it is.
     """
 
     loss: Tensor
-    reconstructions: dict[str, Tensor]
-    kl: dict[str, Tensor]
-    kl_shared: dict[str, Tensor]
-    n_obs: int
-    classification: Tensor
-    informative: Tensor
-    logits: Tensor | None
+    reconstructions: dict[str, Tensor] = field(default_factory=dict)
+    kl: dict[str, Tensor] = field(default_factory=dict)
+    kl_shared: dict[str, Tensor] = field(default_factory=dict)
+    n_obs: int = 1
+    classification: Tensor | None = None
+    informative: Tensor | None = None
+    logits: Tensor | None = None
+    bounds: Tensor | None = None
 
     @property
     def reconstruction(self) -> Tensor:
@@ -79,9 +88,38 @@ class ObjectiveParts:
         return sum(self.kl_shared.values(), self.loss.new_zeros(()))
 
     def elbo(self) -> Tensor:
-        """Evidence lower bound of each cell at KL weight 1, (N,); of shared sites its share."""
-        elbo = -self.reconstruction - sum(self.kl.values())
+        """Evidence lower bound of each cell at KL weight 1, (N,); of shared sites its share.
+
+        Where only the loss is known, minus the loss, a scalar.
+        """
+        if self.bounds is not None:
+            elbo = self.bounds
+        elif self.reconstructions:
+            elbo = -self.reconstruction - sum(self.kl.values())
+        else:
+            elbo = -self.loss.detach()
         return elbo - self.kl_global / self.n_obs if self.kl_shared else elbo
+
+
+class Bound(Protocol):
+    """An objective bound to a model: all that training asks of it.
+
+    Attributes
+    ----------
+    kl_weight
+        Weight of the KLs; training sets it before each step. None says that there is none; a
+        plan that changes it is then refused.
+    """
+
+    @property
+    def kl_weight(self) -> float | None:
+        """A number, or None."""
+
+    @kl_weight.setter
+    def kl_weight(self, weight: float) -> None: ...
+
+    def parts(self, cells: Cells) -> ObjectiveParts:
+        """Loss of a minibatch, nats per cell, and its parts."""
 
 
 class BoundModule(ELBOModule):
@@ -91,6 +129,15 @@ class BoundModule(ELBOModule):
     """
 
     elbo: "SemiSupervisedELBO"
+
+    @property
+    def kl_weight(self) -> float:
+        """That of the objective."""
+        return self.elbo.kl_weight
+
+    @kl_weight.setter
+    def kl_weight(self, weight: float) -> None:
+        self.elbo.kl_weight = weight
 
     def parts(self, cells: Cells) -> ObjectiveParts:
         """Loss and its parts."""
@@ -125,6 +172,10 @@ class SemiSupervisedELBO(RevisedELBO):
     evidence
         From cells to log p(e | y), (N, L), in the classification term: :meth:`SCANVAE.evidence`,
         which knows of label noise; None takes labels as they are given.
+    num_particles
+        Number K of draws of each cell's sites, all at once, over which the ELBO is averaged: the
+        same in expectation, with 1 / K of the variance that comes of them. Sites that all cells
+        share are drawn once.
 
     Examples
     --------
@@ -146,12 +197,13 @@ class SemiSupervisedELBO(RevisedELBO):
         classification_ratio: float = 50.0,
         feed_labels: bool = True,
         kl_weight: float = 1.0,
-        closed_form: Iterable[str] = ("u", "l"),
-        weighted: Iterable[str] = ("u", "y", "l"),
+        closed_form: Iterable[str] = CLOSED_FORM,
+        weighted: Iterable[str] = WEIGHTED,
         point: Callable[[TorchDistribution], Tensor] = attrgetter("mean"),
+        num_particles: int = 1,
         evidence: Callable[[Cells], Tensor] | None = None,
     ):
-        super().__init__(max_plate_nesting=1)
+        super().__init__(num_particles, max_plate_nesting=1, vectorize_particles=num_particles > 1)
         self.classifier = classifier
         self.classification_ratio = classification_ratio
         self.feed_labels = feed_labels
@@ -175,8 +227,14 @@ class SemiSupervisedELBO(RevisedELBO):
         classification = (weight * wrong).sum() / weight.sum().clamp(min=SMALLEST_WEIGHT)
         loss = self.classification_ratio * classification - elbo
         with torch.no_grad():
-            costs = _expected_costs(model_trace, guide_trace, len(cells))
-        return ObjectiveParts(loss, *costs, cells.n_obs, wrong.detach(), informative, logits)
+            costs = _expected_costs(model_trace, guide_trace, len(cells), self.num_particles)
+            bounds = self.cell_bounds(model_trace, guide_trace)
+        classified = wrong.detach(), informative, logits
+        return ObjectiveParts(loss, *costs, cells.n_obs, *classified, bounds)
+
+    def cell_bounds(self, model_trace: Trace, guide_trace: Trace) -> Tensor | None:
+        """The bound of each cell, (N,), where it is not minus the sum of expected costs."""
+        return None
 
     def _classify(self, guide_trace: Trace, cells: Cells) -> tuple[Tensor, Tensor, Tensor | None]:
         """Cost of each cell at the point of q(z | x), whether it has one, and logits."""
@@ -184,9 +242,11 @@ class SemiSupervisedELBO(RevisedELBO):
             nothing = cells.x.new_zeros(len(cells))
             return nothing, nothing.bool(), None
         posterior = sites(guide_trace)
-        shared = {name: s["value"] for name, s in posterior.items() if _is_shared(s)}
+        shared = {name: s["value"] for name, s in posterior.items() if is_shared(s)}
         cells = replace(cells, shared=shared)
-        q_y = self.classifier(self.point(posterior["z"]["fn"]), cells)
+        z = self.point(posterior["z"]["fn"])
+        z = z if self.num_particles == 1 else z[0]  # all particles have one q(z | x)
+        q_y = self.classifier(z, cells)
         return *classification_cost(q_y, self._evidence(cells, q_y.logits.shape[-1])), q_y.logits
 
     def _evidence(self, cells: Cells, n_labels: int) -> Tensor:
@@ -215,7 +275,7 @@ class SemiSupervisedELBO(RevisedELBO):
     def revise(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Closed forms first, then the weight of the KLs."""
         p, q = sites(model_trace), sites(guide_trace)
-        shared = {name for name, site in q.items() if _is_shared(site)}
+        shared = {name for name, site in q.items() if is_shared(site)}
         for name in (self.closed_form | shared).intersection(p, q):
             _close(p[name], q[name])
         if self.kl_weight != 1:
@@ -261,13 +321,13 @@ def _weigh(p: Site, q: Site | None, weight: float) -> None:
 
 
 def _expected_costs(
-    model_trace: Trace, guide_trace: Trace, n_cells: int
+    model_trace: Trace, guide_trace: Trace, n_cells: int, n_particles: int = 1
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """For each site E_q[log q - log p], over all enumerated sites of the guide.
 
     Of observed sites -log p and of latent ones, of each cell; of those outside the plate, whole.
     """
-    weight, posterior = _enumeration_weight(guide_trace), sites(guide_trace)
+    weight, posterior = enumeration_weight(guide_trace), sites(guide_trace)
     prior = sites(model_trace)
     observed: dict[str, Tensor] = {}
     latent: dict[str, Tensor] = {}
@@ -275,25 +335,24 @@ def _expected_costs(
     for name, site in (prior | {n: s for n, s in posterior.items() if n not in prior}).items():
         if site["type"] != "sample":
             continue
-        cost = _masked(posterior[name]) if name in posterior else torch.zeros(())
+        cost = masked(posterior[name]) if name in posterior else torch.zeros(())
         if name in prior:
-            cost = cost - _masked(site)
-        if _is_shared(site):
+            cost = cost - masked(site)
+        if is_shared(site):
             shared[name] = cost.sum()
             continue
-        cell = (weight * cost).reshape(-1, n_cells).sum(0)
         place = observed if site["is_observed"] else latent
-        place[name] = cell
+        place[name] = (weight * cost).reshape(-1, n_cells).sum(0) / n_particles
     return observed, latent, shared
 
 
-def _is_shared(site: Site) -> bool:
+def is_shared(site: Site) -> bool:
     """Whether it is a sample outside the plate of cells."""
     plates = [plate.name for plate in site.get("cond_indep_stack", ())]
-    return site["type"] == "sample" and "cells" not in plates
+    return site["type"] == "sample" and CELLS not in plates
 
 
-def _enumeration_weight(guide_trace: Trace) -> Tensor:
+def enumeration_weight(guide_trace: Trace) -> Tensor:
     """Probability of each combination of enumerated values, (..., N); 1 if there is none."""
     log_weight = torch.zeros(())
     for site in sites(guide_trace).values():
@@ -302,7 +361,8 @@ def _enumeration_weight(guide_trace: Trace) -> Tensor:
     return log_weight.exp()
 
 
-def _masked(site: Site) -> Tensor:
+def masked(site: Site) -> Tensor:
+    """Log probability at a site, unscaled; 0 where its mask leaves a cell out."""
     log_prob = site["unscaled_log_prob"]
     if not isinstance(site["mask"], Tensor):
         return log_prob

@@ -5,6 +5,7 @@ calls is documented there.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, cast
 
 import pyro
@@ -16,6 +17,9 @@ from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.nn import PyroModule
 from pyro.ops import packed
 from pyro.poutine import Trace
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK, effectful
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -24,12 +28,15 @@ from torch.distributions import Distribution, Independent, constraints
 from pyro_scanvi.validation import InputError
 
 Site = dict[str, Any]  # what Pyro's type of a site leaves out is read too
+CELLS = "cells"  # the plate
 
 
 class RevisedELBO(TraceEnum_ELBO):
     """TraceEnum_ELBO that can change log probabilities before they are summed, and tells all.
 
-    One particle, one plate. A subclass overrides :meth:`revise` and :meth:`check`.
+    One plate, and beside it one of particles where they are vectorised: K draws at once of all that
+    belongs to a cell, at dimension -2, each with a weight of 1 / K. What lies outside the plate of
+    cells is drawn once. A subclass overrides :meth:`revise` and :meth:`check`.
     """
 
     def check(self, model_trace: Trace, guide_trace: Trace) -> None:
@@ -46,6 +53,17 @@ class RevisedELBO(TraceEnum_ELBO):
         """The ELBO of such traces, exact over enumerated sites; a scalar with a gradient."""
         return _compute_dice_elbo(model_trace, guide_trace)
 
+    def _vectorized_num_particles(self, fn: Callable) -> Callable:
+        """Pyro's own would draw what all cells share for each particle too."""
+        n = self.num_particles
+
+        @wraps(fn)
+        def particles(*args: Any, **kwargs: Any) -> Any:
+            with _Particles(n):
+                return fn(*args, **kwargs)
+
+        return particles
+
     def _get_trace(self, model, guide, args, kwargs) -> tuple[Trace, Trace]:
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         _drop_joins(model_trace)
@@ -53,6 +71,21 @@ class RevisedELBO(TraceEnum_ELBO):
             self.check(model_trace, guide_trace)
         self.revise(model_trace, guide_trace)
         return model_trace, guide_trace
+
+
+class _Particles(Messenger):
+    """Sites in the plate of cells are drawn K times, along dimension -2, and weigh 1 / K."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.frame = CondIndepStackFrame("particles", -2, n, 0, n)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        plates = [plate.name for plate in msg["cond_indep_stack"]]
+        if CELLS in plates and isinstance(msg["fn"], Distribution):
+            msg["cond_indep_stack"] = (self.frame, *msg["cond_indep_stack"])
+            msg["scale"] = msg["scale"] / self.frame.size
+            BroadcastMessenger._pyro_sample(msg)
 
 
 def sites(trace: Trace) -> dict[str, Site]:

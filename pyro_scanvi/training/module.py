@@ -57,7 +57,6 @@ class LightningObjective(lightning.LightningModule):
         super().__init__()
         self.vae, self.plan, self.phase = vae, plan, phase
         self.bound = phase.bind(vae, plan)
-        self.elbo = self.bound.elbo
         self.first_epoch = first_epoch
         self.rows = [] if rows is None else rows
         self.identity = dict(identity or {})
@@ -94,7 +93,8 @@ class LightningObjective(lightning.LightningModule):
 
     def training_step(self, cells: Cells) -> torch.Tensor:
         """Loss of a minibatch."""
-        self.elbo.kl_weight = self.plan.kl_weight(self.current_epoch, self.global_step)
+        if self.bound.kl_weight is not None:
+            self.bound.kl_weight = self.plan.kl_weight(self.current_epoch, self.global_step)
         if self.classified is not None:
             cells = replace(cells, classified=self.classified_now[cells.index])
         parts = self._parts(cells)
@@ -142,8 +142,8 @@ class LightningObjective(lightning.LightningModule):
     def diagnose(self, quantity: str) -> NonFiniteError:
         """What is not finite for the last minibatch; see :mod:`pyro_scanvi.training.nonfinite`."""
         torch.set_rng_state(self.last_random_state)  # of the CPU; a GPU's would be slow to keep
-        bound = self.bound
-        fault = first_fault(bound.model, bound.guide, self.last_cells)
+        story = self.phase.story(self.vae)
+        fault = first_fault(story.model, story.guide, self.last_cells)
         fault.cells = np.sort(self.last_cells.position.cpu().numpy()[fault.cells])
         parameters = nonfinite.bad_gradients(self.vae)
         return NonFiniteError(quantity, self.epoch, fault, parameters, self.trainer.validating)
@@ -157,7 +157,8 @@ class LightningObjective(lightning.LightningModule):
                 parts = self.bound.parts(cells)
         except BROKEN as error:  # Pyro's own check, or torch, which cannot say where
             self._refuse_non_finite()
-            said = explained(error, self.vae, self.bound.model, self.bound.guide, cells)
+            story = self.phase.story(self.vae)
+            said = explained(error, self.vae, story.model, story.guide, cells)
             if said is error:
                 raise
             raise said from error

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyro_scanvi.model.objective import BoundModule
+from pyro_scanvi.model.objective import Bound
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.model.unsupervised import Unsupervised
 from pyro_scanvi.training.settings import TRAIN, VALIDATION, DataSettings, Plan
@@ -28,33 +28,41 @@ class Phase:
         and by callbacks of the user.
     learns_labels
         Whether the model answers after an epoch of it.
+    story
+        Model and guide, where one looks for what is not finite.
     """
 
     name: str
     held_out: str
     n_epochs: Callable[[DataSettings], int]
-    bind: Callable[[SCANVAE, Plan], BoundModule]
+    bind: Callable[[SCANVAE, Plan], Bound]
     watched: bool = False
     learns_labels: bool = False
+    story: Callable[[SCANVAE], SCANVAE | Unsupervised] = lambda vae: vae
 
 
-def _unsupervised(vae: SCANVAE, plan: Plan) -> BoundModule:
+def _unsupervised(vae: SCANVAE, plan: Plan) -> Bound:
+    """The ELBO of scVI, whatever the objective of the plan."""
     story = Unsupervised(vae)
     return story.objective()(story.model, story.guide)
 
 
-def _semi_supervised(vae: SCANVAE, plan: Plan) -> BoundModule:
-    return plan.objective(vae)(vae.model, vae.guide)
+def _of_the_plan(vae: SCANVAE, plan: Plan) -> Bound:
+    return plan.bind(vae)
 
 
 WARM_START = Phase(
-    "pretrain", "pretrain_validation", lambda settings: settings.pretrain_epochs, _unsupervised
+    "pretrain",
+    "pretrain_validation",
+    lambda settings: settings.pretrain_epochs,
+    _unsupervised,
+    story=Unsupervised,
 )
 TRAINING = Phase(
     TRAIN,
     VALIDATION,
     lambda settings: settings.max_epochs,
-    _semi_supervised,
+    _of_the_plan,
     watched=True,
     learns_labels=True,
 )

@@ -9,20 +9,23 @@ from typing import Any
 
 import lightning
 import numpy as np
+import pyro
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ModelSummary
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_scanvi.data.minibatches import (
     CellData,
+    Cells,
     ordered_loader,
     split,
     subsampled_labels,
     training_loader,
 )
-from pyro_scanvi.model.scanvae import SCANVAE
+from pyro_scanvi.model.scanvae import SCANVAE, evaluated
 from pyro_scanvi.storage.files import user_path
 from pyro_scanvi.threads import as_told, told
 from pyro_scanvi.training import checkpoints
@@ -30,12 +33,13 @@ from pyro_scanvi.training.callbacks import LastGoodWeights, ProgressBar, TimeHin
 from pyro_scanvi.training.checkpoints import LastCheckpoint, Saved, WholeFiles
 from pyro_scanvi.training.module import LightningObjective
 from pyro_scanvi.training.phases import PHASES, Phase
-from pyro_scanvi.training.settings import DataSettings, Plan, TrainerSettings
+from pyro_scanvi.training.settings import DataSettings, Plan, TrainerSettings, described
 from pyro_scanvi.training.trainer import quiet_lightning, stop_on_interrupt
 from pyro_scanvi.validation import InputError, look_up
 
 Rows = list[dict[str, Any]]
 MAY_CHANGE = ("max_epochs",)  # between a run and the run that resumes it
+TRIAL = 8  # cells that an objective is tried on
 
 
 def fit(
@@ -56,8 +60,8 @@ def fit(
     Raises
     ------
     InputError
-        If early stopping or the learning rate watches scores that never come, or the checkpoint is
-        damaged, of another run, or would be replaced.
+        If early stopping or the learning rate watches scores that never come, the objective gives
+        no loss, or the checkpoint is damaged, of another run, or would be replaced.
     NonFiniteError
         If a loss or gradient is not finite; the last good weights are kept.
     """
@@ -106,6 +110,9 @@ class _Run:
             self._check_scored("early_stopping")
         if self.plan.watches_validation:
             self._check_scored("lr_scheduler_metric")
+        if self.plan.objective is not None:
+            cells = self.data[self.positions[0][:TRIAL]].to(self.vae.y_prior.device)
+            check_objective(self.vae, self.plan, cells)
         self.identity = self._identity()
         lengths = [phase.n_epochs(settings) for phase in PHASES]
         later = {phase.name: sum(lengths[i + 1 :]) for i, phase in enumerate(PHASES)}
@@ -247,6 +254,47 @@ def has_learned_labels(history: Rows) -> bool:
     """Whether it holds an epoch of a phase after which the model answers."""
     learning = [phase.name for phase in PHASES if phase.learns_labels]
     return any(row["split"] in learning for row in history)
+
+
+def check_objective(vae: SCANVAE, plan: Plan, cells: Cells) -> None:
+    """Refuse an objective of one's own that gives no loss; the model stays as it is.
+
+    What its code raises for these cells comes with a note that nothing was trained yet.
+    """
+    name = described(plan.objective)
+    try:
+        with torch.random.fork_rng(), evaluated(vae), pyro.validation_enabled(False):
+            bound = plan.bind(vae)
+            _check_bound(bound, name, plan)
+            loss = getattr(bound.parts(cells), "loss", None)
+    except InputError:
+        raise
+    except Exception as error:
+        error.add_note(f"objective={name} raised it for {len(cells)} cells, before any training")
+        raise
+    if not (isinstance(loss, Tensor) and loss.shape == () and loss.requires_grad):
+        raise InputError(
+            f"objective={name}: parts(cells).loss is {loss!r}, expected a tensor without "
+            "dimensions that has a gradient; return ObjectiveParts(loss)"
+        )
+
+
+def _check_bound(bound: Any, name: str, plan: Plan) -> None:
+    if not callable(getattr(bound, "parts", None)):
+        raise InputError(
+            f"objective={name} gives {type(bound).__name__}, which has no parts(cells); return a "
+            "bound objective, such as ELBO()(vae, plan)"
+        )
+    if not hasattr(bound, "kl_weight"):
+        raise InputError(
+            f"objective={name} gives {type(bound).__name__}, which has no kl_weight; set it to "
+            "1.0, or to None where it weighs no KL"
+        )
+    if bound.kl_weight is None and plan.changes_kl_weight:
+        raise InputError(
+            f"objective={name} has no KL weight, and the plan changes it; leave KL warm-up and "
+            "max_kl_weight out"
+        )
 
 
 def _phase(saved: Saved) -> Phase:

@@ -24,8 +24,9 @@ class EpochScores:
     def add(self, parts: ObjectiveParts, cells: Cells) -> None:
         """Take in a minibatch."""
         self.n_cells += len(cells)
-        self.sums["elbo"] += parts.elbo().sum().item()
-        self.sums["reconstruction"] += parts.reconstruction.sum().item()
+        self.sums["elbo"] += parts.elbo().expand(len(cells)).sum().item()
+        if parts.reconstructions:
+            self.sums["reconstruction"] += parts.reconstruction.sum().item()
         told = {k: v for k, v in parts.reconstructions.items() if k != EVIDENCE or v.any()}
         if len(told) > 1:
             for site, cost in told.items():
@@ -34,11 +35,12 @@ class EpochScores:
             self.sums["kl_shared"] += cost.item() / parts.n_obs * len(cells)
         for site, kl in parts.kl.items():
             self.sums[f"kl_{site}"] += kl.sum().item()
-        if parts.logits is None:
+        if parts.logits is None or parts.classification is None:
             return
         self.sums["cross_entropy"] += parts.classification.sum().item()
-        self.n_informative += int(parts.informative.sum())
         labelled = cells.labelled
+        informative = labelled if parts.informative is None else parts.informative
+        self.n_informative += int(informative.sum())
         self.labels.append(cells.label[labelled].cpu())
         self.probabilities.append(parts.logits.detach()[labelled].softmax(-1).cpu())
 

@@ -1,7 +1,8 @@
 """The settings of a run: of the objective, of the way through the data, of Lightning's Trainer."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch.nn import Parameter
 from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pyro_scanvi.model.objective import SemiSupervisedELBO
+from pyro_scanvi.model.objective import Bound
+from pyro_scanvi.model.objectives import ELBO, Objective
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.training.trainer import free_arguments
 from pyro_scanvi.validation import (
@@ -41,6 +43,7 @@ RISING = ("elbo", "accuracy", "macro_f1")  # metrics that training raises; it lo
 FALLING = ("reconstruction", "cross_entropy", "calibration_error")
 TRAIN, VALIDATION = "train", "validation"  # splits whose scores a plan may watch
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+PLAIN = (str, int, float, bool, complex, type(None))
 COMPUTING = ("accumulate_grad_batches", "limit_train_batches", "limit_val_batches")
 
 
@@ -71,6 +74,9 @@ class Plan:
         `lr_threshold` for more than `lr_patience` epochs, down to `lr_min`.
     lr_scheduler_metric
         A column of the history and a split, such as "elbo_validation".
+    objective
+        What is minimised: a part that is called with a model and this plan; None is
+        :class:`~pyro_scanvi.model.objectives.ELBO`. Given to ``train``, not in `plan_kwargs`.
     """
 
     lr: float = 1e-3
@@ -90,14 +96,16 @@ class Plan:
     lr_threshold: float = 0.0
     lr_scheduler_metric: str = "elbo_validation"
     lr_min: float = 0.0
+    objective: Objective | None = None
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> "Plan":
+    def of(cls, settings: Mapping[str, Any], objective: Objective | None = None) -> "Plan":
         """A plan with these settings; TypeError for an unknown one, naming the nearest."""
         if not isinstance(settings, Mapping):
             raise InputError(f"plan_kwargs={settings!r}, expected a dict")
-        check_known(settings, [f.name for f in fields(cls)], "a field of the training plan")
-        return cls(**settings)
+        known = [f.name for f in fields(cls) if f.name != "objective"]
+        check_known(settings, known, "a field of the training plan")
+        return cls(**settings, objective=objective)
 
     def __post_init__(self):
         make_plain(self)
@@ -106,6 +114,11 @@ class Plan:
                 CHECKS[setting.type](**{setting.name: getattr(self, setting.name)})
         if not callable(look_up(OPTIMIZERS, self.optimizer, "optimizer")):
             raise InputError(f"optimizer={self.optimizer!r}, expected a name or a callable")
+        if not (self.objective is None or callable(self.objective)):
+            raise InputError(
+                f"objective={self.objective!r}, expected a callable from the model and the plan to "
+                "a bound objective, such as ELBO(num_particles=5) or IWAE()"
+            )
         if self.gradient_clip_norm is not None:
             check_positive(gradient_clip_norm=self.gradient_clip_norm)
         if self.n_epochs_kl_warmup and self.n_steps_kl_warmup:
@@ -125,20 +138,27 @@ class Plan:
         """Whether the learning rate depends on held-out cells."""
         return self.reduce_lr_on_plateau and self.lr_scheduler_metric.endswith(f"_{VALIDATION}")
 
-    def record(self) -> dict[str, Any]:
-        """The settings as JSON holds them; a callable by its name."""
-        named = {} if isinstance(self.optimizer, str) else {"optimizer": _name(self.optimizer)}
-        return asdict(self) | named
+    @property
+    def changes_kl_weight(self) -> bool:
+        """Whether the KL weight is another than 1 at any step."""
+        warm_up = self.n_epochs_kl_warmup or self.n_steps_kl_warmup
+        return bool(warm_up) or self.max_kl_weight != 1
 
-    def objective(self, vae: SCANVAE) -> SemiSupervisedELBO:
-        """The objective of this plan for a model."""
-        return SemiSupervisedELBO(
-            vae.q_y,
-            self.classification_ratio,
-            self.feed_labels,
-            point=vae.latent_point,
-            evidence=vae.evidence,
-        )
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON holds them; a callable by its name, with its settings.
+
+        The default objective is not among them, as in records of before there were others.
+        """
+        settings = {f.name: getattr(self, f.name) for f in fields(self)}
+        if callable(self.optimizer):
+            settings["optimizer"] = _name(self.optimizer)
+        if settings.pop("objective") is not None:
+            settings["objective"] = described(self.objective)
+        return settings
+
+    def bind(self, vae: SCANVAE) -> Bound:
+        """The objective of this plan, bound to a model."""
+        return (self.objective or ELBO())(vae, self)
 
     def kl_weight(self, epoch: int, step: int = 0) -> float:
         """KL weight in an epoch and optimiser step, both counted from 0."""
@@ -331,6 +351,45 @@ def _check_all(kind: type, **given: Any) -> None:
     for name, members in given.items():
         if not isinstance(members, Sequence) or not all(isinstance(m, kind) for m in members):
             raise InputError(f"{name}={members!r}, expected a list of Lightning's {kind.__name__}s")
+
+
+def described(part: Any) -> str:
+    """The name of an objective, with the settings of a dataclass, a partial, or a plain object.
+
+    It is text to compare and to read: the same in every process, and nothing is imported by it.
+    """
+    if isinstance(part, partial):
+        given = [*map(described, part.args), *_settings(part.keywords)]
+        return f"{described(part.func)}({', '.join(given)})"
+    if hasattr(part, "__qualname__"):
+        return _qualified(part)
+    if isinstance(part, PLAIN):
+        return repr(part)
+    if isinstance(part, Set):
+        return f"{{{', '.join(sorted(map(described, part)))}}}"
+    if isinstance(part, Sequence):
+        return f"({', '.join(map(described, part))})"
+    if hasattr(part, "tolist"):  # of numpy, of torch
+        return repr(part.tolist())
+    return f"{type(part).__qualname__}({', '.join(_settings(_told_by(part)))})"
+
+
+def _told_by(part: Any) -> dict[str, Any]:
+    """Its fields; of what is no dataclass the attributes that are plain."""
+    if is_dataclass(part):
+        return {f.name: getattr(part, f.name) for f in fields(part)}
+    return {k: v for k, v in getattr(part, "__dict__", {}).items() if isinstance(v, PLAIN)}
+
+
+def _qualified(part: Any) -> str:
+    """Of a method its own class or object, which its name does not tell."""
+    owner = getattr(part, "__self__", None)
+    is_bound = owner is not None and not inspect.ismodule(owner)
+    return f"{described(owner)}.{part.__name__}" if is_bound else part.__qualname__
+
+
+def _settings(known: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={described(value)}" for name, value in known.items()]
 
 
 def _name(part: Callable) -> str:

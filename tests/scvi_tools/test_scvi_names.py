@@ -330,7 +330,7 @@ LIGHTNINGS = [n for n in inspect.signature(lightning.Trainer.__init__).parameter
 @pytest.mark.parametrize("as_keyword", [True, False])
 def test_every_argument_of_lightnings_trainer(name, as_keyword):
     """Goes to it, is the progress bar, or names ours; as a keyword and in the dict."""
-    known = SCANVI.train, [f.name for f in fields(Plan)], free_arguments()
+    known = SCANVI.train, [f.name for f in fields(Plan) if f.name != "objective"], free_arguments()
     given = (*known, {name: 1}, {}) if as_keyword else (*known, {}, {name: 1})
     if name == "enable_progress_bar":
         assert trainer_arguments(*given, True) == ({}, 1)
@@ -345,7 +345,7 @@ def test_every_argument_of_lightnings_trainer(name, as_keyword):
         assert trainer_arguments(*given, True) == ({name: 1}, True)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Plan)])
+@pytest.mark.parametrize("name", [f.name for f in fields(Plan) if f.name != "objective"])
 def test_fields_of_the_plan_name_their_place(name):
     with pytest.raises(TypeError, match=rf"'{name}': it is plan_kwargs=\{{'{name}': \.\.\.\}}"):
         small_model(simulated()).train(1, **{name: 1})

@@ -135,7 +135,7 @@ def test_weight_decay_and_learning_rate_are_used():
 
 
 def test_plan_reaches_the_objective():
-    elbo = Plan(classification_ratio=7.0, feed_labels=False).objective(small_vae())
+    elbo = Plan(classification_ratio=7.0, feed_labels=False).bind(small_vae()).elbo
     assert isinstance(elbo, SemiSupervisedELBO)
     assert (elbo.classification_ratio, elbo.feed_labels, elbo.kl_weight) == (7.0, False, 1.0)
 
@@ -231,7 +231,7 @@ def test_kl_warmup():
 def test_kl_warmup_is_applied():
     weights = []
     callback = LambdaCallback(
-        on_train_batch_end=lambda trainer, module, *_: weights.append(module.elbo.kl_weight)
+        on_train_batch_end=lambda trainer, module, *_: weights.append(module.bound.kl_weight)
     )
     plan = {"n_epochs_kl_warmup": 2}
     train(small_model(simulated()), 3, batch_size=200, callbacks=[callback], plan_kwargs=plan)
