@@ -5,6 +5,7 @@ calls is documented there.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, cast
 
@@ -181,19 +182,28 @@ def announce(module: nn.Module, name: str) -> None:
             show(name=f"{name}.{own}", constraint=constraints.real)
 
 
-def check_start(name: str, value: Tensor) -> None:
+def checked_start() -> AbstractContextManager:
     """Refuse to start MCMC at a value for each value of an enumerated site.
 
     NUTS takes shapes from the model's first run. There a site whose prior reads an enumerated one
     has a dimension more, and would keep it: the chain would be one of another model.
     """
     starting = any(isinstance(handler, InitMessenger) for handler in _PYRO_STACK)
-    if starting and value.ndim - 1 > len(_DIM_ALLOCATOR._stack):
-        raise InputError(
-            f"{name} would start with a value for each label, shape {tuple(value.shape)}; start "
-            f"it at a draw of the guide: NUTS(vae.model, init_strategy=init_to_value(values="
-            f'{{"{name}": ...}}))'
-        )
+    return _CheckedStart() if starting else nullcontext()
+
+
+class _CheckedStart(Messenger):
+    """Looks at each latent site that is drawn."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        drawn = not (msg["is_observed"] or msg["infer"].get("enumerate") or site_is_subsample(msg))
+        if drawn and msg["value"].ndim - msg["fn"].event_dim > len(_DIM_ALLOCATOR._stack):
+            name = msg["name"]
+            raise InputError(
+                f"{name} would start with a value for each label, shape "
+                f"{tuple(msg['value'].shape)}; start it at a draw of the guide: NUTS(vae.model, "
+                f'init_strategy=init_to_value(values={{"{name}": ...}}))'
+            )
 
 
 def _drop_joins(trace: Trace) -> None:

@@ -61,7 +61,7 @@ from pyro_scanvi.model.likelihoods import (
     reads_label,
 )
 from pyro_scanvi.model.networks import CountDecoder, NormalNetwork
-from pyro_scanvi.model.pyro_internals import announce, check_start, samples
+from pyro_scanvi.model.pyro_internals import announce, checked_start, samples
 from pyro_scanvi.model.scvi_interface import PiecewiseInterface
 from pyro_scanvi.validation import InputError
 
@@ -306,7 +306,6 @@ class SCANVAE(PiecewiseInterface):
             y = pyro.sample("y", self.p_y(cells))  # N | L
             pyro.factor("label", (y * self.evidence(cells)).sum(-1))
             z = pyro.sample("z", self.p_z(u, y, cells))  # N | K
-            check_start("z", z)
             library = self.observed_library(cells)  # N, 1
             if library is None:
                 library = pyro.sample("l", self.p_l(cells))  # N | 1
@@ -469,6 +468,7 @@ class SCANVAE(PiecewiseInterface):
             pyro.plate("cells", size=cells.n_obs, subsample=cells.index, dim=-1),
             poutine.scale(scale=weight),
             in_plate(self, len(cells)),
+            checked_start(),
         ):
             yield
 
