@@ -237,9 +237,9 @@ class Fields:
         for name, values in now.items():
             changed |= differ(getattr(data, name), values)
         if changed.any():
+            others = " (or what else says labels)" if self.sources != LabelSources() else ""
             raise InputError(
-                f"obs[{self.labels_key!r}], or what else says labels, has changed in "
-                f"{changed.sum()} cells"
+                f"obs[{self.labels_key!r}]{others} has changed in {changed.sum()} cells"
                 f"{first(adata.obs_names[changed])} since the model was made, which keeps the "
                 "labels that it was made with; make a new model with SCANVI(adata), or put the "
                 "labels back"

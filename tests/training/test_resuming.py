@@ -366,6 +366,11 @@ DATA = CellData(
     size_factor=np.arange(1, 7, dtype=np.float32)[:, None],
     weight=np.array([0.5, 1.0, 1.5, 0.75, 1.25, 1.0], dtype=np.float32),
 )
+WITH_EVIDENCE = replace(
+    DATA,
+    evidence=np.log([[0.5, 0.5]] * 3 + [[0.3, 0.7]] * 3).astype(np.float32),
+    annotations=np.arange(6)[:, None] % 2,
+)
 ABSENT = dict.fromkeys(["batch", "continuous", "categorical", "size_factor", "weight"])
 
 
@@ -390,18 +395,18 @@ def of_data(tmp_path_factory):
         fit(vae, data, Plan(), settings, trainer, history, ckpt_path)
         return history
 
-    train(DATA, 1, ckpt_path=None, checkpoint_dir=folder)
+    train(WITH_EVIDENCE, 1, ckpt_path=None, checkpoint_dir=folder)
     return train
 
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_data_that_differ_in_a_field_are_refused(of_data, name):
     """In one cell of it alone, whatever else they share."""
-    values = getattr(DATA, name).copy()
+    values = getattr(WITH_EVIDENCE, name).copy()
     values[2] = values[3]
     with pytest.raises(InputError, match=r"another training run: data was '2:\w+', is '2:\w+';"):
-        of_data(replace(DATA, **{name: values}))
-    assert [row["epoch"] for row in of_data(DATA) if row["split"] == "train"] == [0, 1]
+        of_data(replace(WITH_EVIDENCE, **{name: values}))
+    assert [row["epoch"] for row in of_data(WITH_EVIDENCE) if row["split"] == "train"] == [0, 1]
 
 
 def first_rule():
