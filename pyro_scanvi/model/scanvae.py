@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_scanvi import validation
-from pyro_scanvi.data.minibatches import Cells
+from pyro_scanvi.data.minibatches import LOG_IMPOSSIBLE, Cells
 from pyro_scanvi.model import arguments
 from pyro_scanvi.model.construction import (
     DataSizes,
@@ -52,7 +52,7 @@ from pyro_scanvi.model.growth import (
     label_prior,
     told,
 )
-from pyro_scanvi.model.label_noise import LABEL_NOISE, LabelNoise, LabelSizes
+from pyro_scanvi.model.label_noise import LABEL_NOISE, CertainLabel, LabelNoise, LabelSizes
 from pyro_scanvi.model.likelihoods import (
     DISPERSIONS,
     CountParameters,
@@ -404,7 +404,10 @@ class SCANVAE(PiecewiseInterface):
 
         A point where the label is known exactly, q(y | z) where nothing is.
         """
-        return OneHotCategorical(logits=self.q_y(z, cells).logits + self.evidence(cells))
+        evidence = self.evidence(cells)
+        certain = ((evidence > LOG_IMPOSSIBLE / 2).sum(-1) == 1).all()
+        kind = CertainLabel if certain else OneHotCategorical
+        return kind(logits=self.q_y(z, cells).logits + evidence)
 
     def label_logits(self, z: Tensor, cells: Cells) -> Tensor:
         """Logits of q(y | z), (..., N, L), as the classifier gives them: not normalised."""

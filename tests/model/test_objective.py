@@ -93,23 +93,24 @@ def one(codes, n):
     return torch.eye(n, dtype=torch.float64)[codes]
 
 
-def noise(vae, n, seed=1):
-    """What the guide draws for z, u of each label, and l."""
+def noise(vae, n, seed=1, n_values=3):
+    """What the guide draws for z, u of each value of the label, and l."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        shapes = (n, vae.n_latent), (3, n, vae.n_latent), (n, 1)
+        shapes = (n, vae.n_latent), (n_values, n, vae.n_latent), (n, 1)
         return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
 def loss_by_hand(vae, cells, feed_labels, kl_weight, ratio, seed=1):
     """The formula of the module's docstring, label by label, from the same noise.
 
-    The guide draws u once for every label; where the label is known, only that of it counts.
+    The guide draws u once for every label; where the label is known, only that of it counts. Of
+    cells that are all labelled it draws one.
     """
     batch = one(cells.batch, 2) if vae.n_batch == 2 else None
     known = cells.labelled if feed_labels else torch.zeros_like(cells.labelled)
     loc, scale = vae.z_encoder((1 + cells.x).log(), batch)
-    z_noise, u_noise, l_noise = noise(vae, len(cells), seed)
+    z_noise, u_noise, l_noise = noise(vae, len(cells), seed, 1 if known.all() else 3)
     z = loc + scale * z_noise
     library, kl_l = cells.x.sum(-1, keepdim=True), 0.0
     if vae.latent_library:
@@ -125,7 +126,7 @@ def loss_by_hand(vae, cells, feed_labels, kl_weight, ratio, seed=1):
     for y in range(3):
         label = torch.full_like(cells.label, y)
         u_loc, u_scale = vae.u_encoder(z, one(label, 3))
-        u = u_loc + u_scale * u_noise[y]
+        u = u_loc + u_scale * u_noise[y % len(u_noise)]
         theta = vae.dispersion.log_theta.exp()
         theta = theta[y] if theta.ndim == 2 else theta
         kl_u = kl_normal(u_loc, u_scale, torch.zeros_like(u), torch.ones_like(u))

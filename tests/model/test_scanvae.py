@@ -69,6 +69,17 @@ def test_sites_of_the_guide():
     assert trace.nodes["y"]["value"].shape == (3, 1, 3)
 
 
+def test_labels_that_are_all_known_are_not_enumerated():
+    """Each cell is decoded for its own label alone."""
+    vae = small_vae()
+    for labels, n_values in (("all", 1), ("mixed", 3)):
+        cells = random_cells(vae, labels)
+        trace = poutine.trace(poutine.enum(vae.guide, first_available_dim=-2)).get_trace(cells)
+        assert trace.nodes["u"]["value"].shape == (n_values, 12, 4)
+    one_hot = trace.nodes["y"]["fn"].probs[cells.labelled]
+    assert torch.equal(one_hot, torch.eye(3)[cells.label[cells.labelled]])
+
+
 def test_observed_library_is_no_site():
     vae = small_vae()
     cells = random_cells(vae)
