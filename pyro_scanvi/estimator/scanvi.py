@@ -537,7 +537,7 @@ class SCANVI(
         raise scvi_names.missing(type(self).__name__, name)
 
     def __repr__(self) -> str:
-        return summary.description(self, self._data.label)
+        return summary.description(self, self._data)
 
     @property
     def summary_string(self) -> str:

@@ -148,6 +148,7 @@ def _checked_labels(fields: Fields, extend_labels: Iterable) -> list:
     for i, name in enumerate(names):
         clashes = {
             "is a label of the reference": name in known,
+            "is a set of labels of the reference": name in fields.sources.set_names,
             "is the unlabelled category": name == fields.unlabeled_category,
             f"reads like the unlabelled category {fields.unlabeled_category!r}": reads_unlabeled(
                 name, fields.unlabeled_category
