@@ -54,7 +54,7 @@ def find_classes(
         raise InputError(
             f"{column} has a single class, {classes[0]!r}; there is nothing to tell apart"
         )
-    if unlabeled_category not in names_of(found) and not labels.isna().any():
+    if is_class.all() and not labels.isna().any():
         warnings.warn(
             f"{unlabeled_category!r} does not occur in {column}: all {adata.n_obs} cells count as "
             f"labelled, as {listed(classes)}",
