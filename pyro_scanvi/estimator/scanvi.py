@@ -722,9 +722,9 @@ class SCANVI(
         ------
         InputError
             If the reference is none, genes or columns are missing, labels are unknown and not
-            among `extend_labels` or those clash with known ones, the labels have groups while
-            some are new, or a parameter of one's own depends on the number of categories and
-            does not say how (:func:`pyro_scanvi.model.growth.grows`).
+            among `extend_labels` or those clash with known ones, the labels have groups or a
+            confusion matrix while some are new, or a parameter of one's own depends on the number
+            of categories and does not say how (:func:`pyro_scanvi.model.growth.grows`).
 
         Warns
         -----

@@ -280,7 +280,7 @@ def test_names_nearly_as_in_the_column_are_told(given):
 
 
 def all_of_them() -> tuple[ad.AnnData, Fields]:
-    adata = cells(LABELS, coarse=["B", "t", "t", "t", "B", None], two=["B", None, *["CD4"] * 4])
+    adata = cells(LABELS, coarse=["B", "t", "t", None, "B", None], two=["B", None, *["CD4"] * 4])
     adata.obsm["soft"] = pd.DataFrame(SOFT, adata.obs_names, ["B", "CD4", "CD8/x"])
     fields = set_up(
         adata,
