@@ -314,7 +314,8 @@ class SCANVI(
         soft_labels_key
             Matrix of ``obsm`` with probabilities of labels, read where nothing else is known: a
             DataFrame with columns called as the labels, which a label without one has as zeros, or
-            an array in their order; a row of NaN or zeros is none. They are taken for p(what is known | label), up to a factor.
+            an array in their order; a row of NaN or zeros is none. They are taken for p(what is
+            known | label), up to a factor.
         annotator_keys
             Columns of ``obs`` with the labels of further annotators; see ``label_noise`` of
             :class:`~pyro_scanvi.SCANVAE`, without which they must not err.
