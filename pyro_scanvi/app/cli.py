@@ -53,6 +53,13 @@ UnlabeledCategory = Annotated[
     str,
     typer.Option(help="Value of that column where the label is not known; or there is no value."),
 ]
+CoarseLabelsKey = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of obs with coarser labels, read where the label is not known; none if not "
+        "given."
+    ),
+]
 BatchKey = Annotated[
     str | None, typer.Option(help="Column of obs with the batch; one batch if not given.")
 ]
@@ -136,6 +143,7 @@ def annotate(
     output: Output,
     labels_key: LabelsKey,
     unlabeled_category: UnlabeledCategory = "Unknown",
+    coarse_labels_key: CoarseLabelsKey = None,
     batch_key: BatchKey = None,
     layer: Layer = None,
     use_raw: UseRaw = False,
@@ -180,6 +188,7 @@ def annotate(
             continuous_covariate_key,
             use_raw,
             n_top_genes,
+            coarse_labels_key=coarse_labels_key,
         )
         model = SCANVI(
             adata,
@@ -189,11 +198,9 @@ def annotate(
             dropout_rate=dropout_rate,
             linear_classifier=linear_classifier,
         )
+        plan = {"classification_ratio": classification_ratio}
         model.train(
-            max_epochs,
-            batch_size=batch_size,
-            early_stopping=early_stopping,
-            plan_kwargs={"classification_ratio": classification_ratio},
+            max_epochs, batch_size=batch_size, early_stopping=early_stopping, plan_kwargs=plan
         )
         _write_annotated(model, output, layout, report)
 

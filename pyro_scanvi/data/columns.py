@@ -11,7 +11,15 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from pyro_scanvi.names import first, listed, look_alikes, names_of, nearest, renaming
+from pyro_scanvi.names import (
+    first,
+    listed,
+    look_alikes,
+    names_of,
+    nearest,
+    reads_unlabeled,
+    renaming,
+)
 from pyro_scanvi.validation import InputError
 
 MISSING, UNSEEN = -2, -1  # codes of cells without a value, and with one that is not known
@@ -167,6 +175,21 @@ def refuse_unseen(unseen: pd.Series, known: Iterable, where: str, what: str) -> 
         raise InputError(
             f"{where} has {len(names)} {what} that the model has not seen{first(names)}; it "
             f"knows {listed(names_of(known))}; {MEND_UNSEEN[what]}"
+        )
+
+
+def check_meant(labels: pd.Series, labels_key: str, unlabeled: str) -> None:
+    """Refuse labels that look as if they meant that the label is not known."""
+    found = labels.value_counts()
+    near = [n for n in found.index if n != unlabeled and reads_unlabeled(n, unlabeled)]
+    if near:
+        told = ", ".join(f"{found[name]} cells labelled {name!r}" for name in near)
+        raise InputError(
+            f"obs[{labels_key!r}] holds {told}, which reads as if the label were not known, and "
+            f"unlabeled_category is {unlabeled!r}: they would be taken for a type. Rename them: "
+            f"{renaming(dict.fromkeys(near, unlabeled), labels_key)}; or give "
+            f"unlabeled_category={near[0]!r}; a type needs a name of its own",
+            {"unlabeled_category": near[0]},
         )
 
 

@@ -17,6 +17,7 @@ from pyro_scanvi.data.columns import (
     categories,
     check_gene_names,
     check_keys,
+    check_meant,
     check_names,
     codes_of,
     column_of,
@@ -30,7 +31,7 @@ from pyro_scanvi.data.columns import (
 from pyro_scanvi.data.counts import CountsPlace
 from pyro_scanvi.data.extra import Extra, find_extra
 from pyro_scanvi.data.label_sources import LabelSources
-from pyro_scanvi.data.labels import check_meant, check_not_ours, find_classes, unlabeled_name
+from pyro_scanvi.data.labels import check_not_ours, find_classes, unlabeled_name
 from pyro_scanvi.data.minibatches import UNLABELED, CellData, Named
 from pyro_scanvi.names import first
 from pyro_scanvi.validation import InputError

@@ -4,6 +4,7 @@ Labels that are named without labelling any cell, names of sets of labels or of 
 second column of coarser labels, soft labels, and the labels of further annotators.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pandas as pd
+from scipy.sparse import issparse
 
 from pyro_scanvi.data.columns import (
     MISSING,
     UNSEEN,
     check_keys,
+    check_meant,
     codes_of,
     column_of,
     listed_keys,
@@ -78,9 +81,15 @@ class LabelSources:
         >>> tree.set_names, tree.set_members
         (('T', 'lymphoid'), (('CD4', 'CD8'), ('CD4', 'CD8')))
         """
-        sets = _leaves(_checked_sets(label_sets) | _children(label_parents))
+        sets = _leaves(_joined(_checked_sets(label_sets), _children(label_parents)))
+        named = _checked_names("labels", labels)
+        both = [name for name in named if name in sets]
+        if both:
+            raise InputError(
+                f"labels names {listed(both)}, which is also a set of labels; name its labels only"
+            )
         return cls(
-            labels=_checked_names("labels", labels),
+            labels=named,
             set_names=tuple(sets),
             set_members=tuple(sets.values()),
             coarse_key=one_key("coarse_labels_key", coarse_labels_key),
@@ -101,8 +110,14 @@ class LabelSources:
         Raises
         ------
         InputError
-            If a column is missing, or a coarser label stands beside none.
+            If a column is missing, a coarser label stands beside none, or the unlabelled category
+            is named as a label.
         """
+        if labels_key in self.annotator_keys:
+            raise InputError(
+                f"annotator_keys names {labels_key!r}, which is labels_key, the first annotator; "
+                "leave it out"
+            )
         coarse = [self.coarse_key] if self.coarse_key else []
         check_keys(adata, [*coarse, *self.annotator_keys])
         if self.soft_key and self.soft_key not in adata.obsm:
@@ -110,10 +125,27 @@ class LabelSources:
                 f"obsm has no {self.soft_key!r}, which soft_labels_key names; there are: "
                 f"{', '.join(adata.obsm) or 'none'}"
             )
+        self._check_not_unlabeled(adata, unlabeled)
+        for key in (*coarse, *self.annotator_keys):
+            check_meant(names_of_cells(column_of(adata, key), None), key, unlabeled)
         if not coarse:
             return self
         sets = self._coarse_sets(adata, labels_key, unlabeled)
         return replace(self, coarse_names=tuple(sets), coarse_members=tuple(sets.values()))
+
+    def _check_not_unlabeled(self, adata: ad.AnnData, unlabeled: str) -> None:
+        """Refuse a label or a set that is called as the cells that have none."""
+        places = {
+            "labels": self.labels,
+            "label_sets or label_parents": [*self.set_names, *itertools.chain(*self.set_members)],
+            f"obsm[{self.soft_key!r}]": _soft_columns(adata, self.soft_key),
+        }
+        for place, names in places.items():
+            if unlabeled in names:
+                raise InputError(
+                    f"{place} names {unlabeled!r}, which is unlabeled_category: that the label is "
+                    "not known; leave it out, or call the label otherwise"
+                )
 
     def _coarse_sets(self, adata: ad.AnnData, labels_key: str, unlabeled: str) -> Sets:
         names = [_names_in(adata, key, unlabeled) for key in (self.coarse_key, labels_key)]
@@ -195,8 +227,12 @@ class LabelSources:
         shape = (adata.n_obs, len(classes))
         if not self.soft_key or self.soft_key not in adata.obsm:
             return np.zeros(shape, dtype=np.float32)
-        columns = _soft_columns(adata, self.soft_key) or names_of(classes)
-        values = np.asarray(adata.obsm[self.soft_key], dtype=np.float64)
+        columns, where = _soft_columns(adata, self.soft_key), f"obsm[{self.soft_key!r}]"
+        refuse_unseen(
+            pd.Series(columns)[~np.isin(columns, names_of(classes))], classes, where, "labels"
+        )
+        columns = columns or names_of(classes)
+        values = _soft_values(adata.obsm[self.soft_key], where)
         _check_soft(values, columns, shape[1], adata, self.soft_key)
         probabilities = np.zeros(shape)
         probabilities[:, [names_of(classes).index(name) for name in columns]] = values
@@ -231,7 +267,9 @@ def _known(adata: ad.AnnData, key: str, names: list[str], unlabeled: str) -> np.
     """Position of each cell's label among the names, ``UNLABELED`` where there is none."""
     column = column_of(adata, key)
     codes = codes_of(column, [*names, unlabeled])
-    refuse_unseen(names_of_cells(column, codes == UNSEEN), names, f"obs[{key!r}]", "labels")
+    unseen = names_of_cells(column, codes == UNSEEN)
+    check_meant(unseen, key, unlabeled)
+    refuse_unseen(unseen, names, f"obs[{key!r}]", "labels")
     return np.where((codes == len(names)) | (codes == MISSING), UNLABELED, codes)
 
 
@@ -248,6 +286,17 @@ def _soft_columns(adata: ad.AnnData, key: str) -> list[str]:
     return names_of(getattr(found, "columns", []))
 
 
+def _soft_values(found: Any, where: str) -> np.ndarray:
+    """Soft labels as a matrix in float64."""
+    try:
+        values = np.asarray(found.toarray() if issparse(found) else found, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{where} does not hold numbers; give probabilities of labels") from None
+    if values.ndim != 2:
+        raise InputError(f"{where} has shape {values.shape}, expected cells by labels")
+    return values
+
+
 def _check_soft(
     values: np.ndarray, columns: list[str], n_labels: int, adata: ad.AnnData, key: str
 ) -> None:
@@ -256,6 +305,8 @@ def _check_soft(
             f"obsm[{key!r}] has {values.shape[1]} columns without names, expected {n_labels}, one "
             "for each label in the order of the labels; a DataFrame names them"
         )
+    if len(set(columns)) < len(columns):
+        raise InputError(f"obsm[{key!r}] has several columns of one label: {listed(columns)}")
     wrong = (np.nan_to_num(values) < 0).any(1) | np.isinf(values).any(1)
     partly = np.isnan(values).any(1) & ~np.isnan(values).all(1)
     if (wrong | partly).any():
@@ -269,7 +320,9 @@ def _check_soft(
 def _checked_names(argument: str, names: Iterable | None) -> tuple[str, ...]:
     if isinstance(names, str):
         raise InputError(f"{argument}={names!r}, expected a list: [{names!r}]")
-    return tuple(names_of(names or ()))
+    if names is not None and not isinstance(names, Iterable):
+        raise InputError(f"{argument}={names!r}, expected a list of names")
+    return tuple(names_of(() if names is None else names))
 
 
 def _checked_sets(sets: Mapping[str, Iterable] | None) -> Sets:
@@ -290,9 +343,18 @@ def _children(parents: Mapping[str, str] | None) -> Sets:
     if parents is not None and not isinstance(parents, Mapping):
         raise InputError(f"label_parents={parents!r}, expected a dict from a label to its parent")
     children: dict[str, tuple[str, ...]] = {}
-    for child, parent in (parents or {}).items():
+    known = {c: p for c, p in (parents or {}).items() if not pd.isna(p)}  # without one: a root
+    for child, parent in known.items():
         children[name_of(parent)] = (*children.get(name_of(parent), ()), name_of(child))
     return children
+
+
+def _joined(sets: Sets, tree: Sets) -> Sets:
+    for name in sets.keys() & tree.keys():
+        raise InputError(
+            f"{name!r} is a set in label_sets and a parent in label_parents; say it in one of them"
+        )
+    return sets | tree
 
 
 def _leaves(sets: Mapping[str, tuple[str, ...]]) -> Sets:

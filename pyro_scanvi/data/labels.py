@@ -7,9 +7,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from pyro_scanvi.data.columns import categories, column_of, names_of_cells
+from pyro_scanvi.data.columns import categories, check_meant, column_of, names_of_cells
 from pyro_scanvi.data.label_sources import LabelSources
-from pyro_scanvi.names import listed, name_of, names_of, reads_unlabeled, renaming
+from pyro_scanvi.names import listed, look_alikes, name_of, names_of
 from pyro_scanvi.validation import InputError
 
 WRITTEN = ("scanvi_prediction", "scanvi_confidence")  # columns of obs
@@ -47,13 +47,14 @@ def find_classes(
     is_class = ~np.isin(names_of(found), [unlabeled_category, *sources.set_names])
     occurring, column = found[is_class], f"obs[{labels_key!r}]"
     classes = with_named(occurring, sources.named(adata, unlabeled_category))
+    _say_alike(set(names_of(occurring)), names_of(classes), column)
     if len(classes) == 0:
         raise InputError(f"no cell is labelled: {column} is {unlabeled_category!r} everywhere")
     if len(classes) == 1:
         raise InputError(
             f"{column} has a single class, {classes[0]!r}; there is nothing to tell apart"
         )
-    if unlabeled_category not in names_of(found) and not labels.isna().any():
+    if is_class.all() and not labels.isna().any():
         warnings.warn(
             f"{unlabeled_category!r} does not occur in {column}: all {adata.n_obs} cells count as "
             f"labelled, as {listed(classes)}",
@@ -68,16 +69,12 @@ def with_named(known: np.ndarray, names: list[str]) -> np.ndarray:
     return np.array([*names_of(known), *new], dtype=object) if new else known
 
 
-def check_meant(labels: pd.Series, labels_key: str, unlabeled: str) -> None:
-    """Refuse labels that look as if they meant that the label is not known."""
-    found = labels.value_counts()
-    near = [n for n in found.index if n != unlabeled and reads_unlabeled(n, unlabeled)]
-    if near:
-        told = ", ".join(f"{found[name]} cells labelled {name!r}" for name in near)
-        raise InputError(
-            f"obs[{labels_key!r}] holds {told}, which reads as if the label were not known, and "
-            f"unlabeled_category is {unlabeled!r}: they would be taken for a type. Rename them: "
-            f"{renaming(dict.fromkeys(near, unlabeled), labels_key)}; or give "
-            f"unlabeled_category={near[0]!r}; a type needs a name of its own",
-            {"unlabeled_category": near[0]},
-        )
+def _say_alike(occurring: set[str], classes: list[str], column: str) -> None:
+    """Warn of labels that are named elsewhere nearly as in the column."""
+    for group in look_alikes(classes):
+        if not occurring.issuperset(group):
+            warnings.warn(
+                f"{' and '.join(map(repr, group))} differ in case or blanks alone and count as "
+                f"different; not all of them stand in {column}: the others are named elsewhere",
+                stacklevel=5,
+            )

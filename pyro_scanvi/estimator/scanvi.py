@@ -313,8 +313,9 @@ class SCANVI(
             for those labels that it stands beside in other cells, or for its `label_sets`.
         soft_labels_key
             Matrix of ``obsm`` with probabilities of labels, read where nothing else is known: a
-            DataFrame with columns called as the labels, or an array in their order; a row of NaN
-            or zeros is none. They are taken for p(what is known | label), up to a factor.
+            DataFrame with columns called as the labels, which a label without one has as zeros, or
+            an array in their order; a row of NaN or zeros is none. They are taken for p(what is
+            known | label), up to a factor.
         annotator_keys
             Columns of ``obs`` with the labels of further annotators; see ``label_noise`` of
             :class:`~pyro_scanvi.SCANVAE`, without which they must not err.
@@ -537,7 +538,7 @@ class SCANVI(
         raise scvi_names.missing(type(self).__name__, name)
 
     def __repr__(self) -> str:
-        return summary.description(self, self._data.label)
+        return summary.description(self, self._data)
 
     @property
     def summary_string(self) -> str:
@@ -722,9 +723,9 @@ class SCANVI(
         ------
         InputError
             If the reference is none, genes or columns are missing, labels are unknown and not
-            among `extend_labels` or those clash with known ones, the labels have groups while
-            some are new, or a parameter of one's own depends on the number of categories and
-            does not say how (:func:`pyro_scanvi.model.growth.grows`).
+            among `extend_labels` or those clash with known ones, the labels have groups or a
+            confusion matrix while some are new, or a parameter of one's own depends on the number
+            of categories and does not say how (:func:`pyro_scanvi.model.growth.grows`).
 
         Warns
         -----

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scanvi.data.fields import Fields
-from pyro_scanvi.data.minibatches import UNLABELED
+from pyro_scanvi.data.minibatches import UNLABELED, CellData
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.names import listed
 from pyro_scanvi.surgery import freezing
@@ -28,17 +28,16 @@ class Described(Protocol):
         """Number of epochs in the history."""
 
 
-def description(model: Described, label: np.ndarray) -> str:
-    """Cells, genes, columns, module and training, in a few lines; `label` are codes, (N,)."""
+def description(model: Described, data: CellData) -> str:
+    """Cells, genes, columns, module and training, in a few lines."""
     fields = model.fields
-    n_labelled = (label != UNLABELED).sum()
     columns = _columns(fields)
     batches = [_told(key, known) for what, key, known in columns if what == "batch"]
     others = [_told(key, known) for what, key, known in columns if what not in ("labels", "batch")]
     more = (f"{e.name} in {e.where} ({e.width(len(fields.genes))} columns)" for e in fields.extra)
     lines = [
-        f"SCANVI of {len(label)} cells and {len(fields.genes)} genes, counts in {fields.place}",
-        f"labels: {_told(fields.labels_key, fields.classes)}, known of {n_labelled} cells; the "
+        f"SCANVI of {len(data)} cells and {len(fields.genes)} genes, counts in {fields.place}",
+        f"labels: {_told(fields.labels_key, fields.classes)}, {_known(data)}; the "
         f"others are {fields.unlabeled_category!r}",
         *([f"further labels: {', '.join(_sources(fields))}"] if _sources(fields) else []),
         f"batch: {', '.join(batches) or 'none'}",
@@ -50,6 +49,15 @@ def description(model: Described, label: np.ndarray) -> str:
     if model.freeze is not None:
         lines.append(f"query: {_moving(model.module, model.freeze)}")
     return "\n".join(lines)
+
+
+def _known(data: CellData) -> str:
+    """Of how many cells the label is known, exactly or in part."""
+    exact = data.label != UNLABELED
+    said = [v.any(1) for v in (data.evidence,) if v is not None]
+    said += [(v != UNLABELED).any(1) for v in (data.annotations,) if v is not None]
+    n_more = (np.logical_or.reduce([exact, *said]) & ~exact).sum()
+    return f"known of {exact.sum()} cells" + (f", in part of {n_more}" if n_more else "")
 
 
 def setup_table(fields: Fields) -> pd.DataFrame:
@@ -64,6 +72,7 @@ def setup_table(fields: Fields) -> pd.DataFrame:
     rows: list[tuple[str, str, np.ndarray | None]]
     rows = [("counts", str(fields.place), fields.genes)]
     rows += [(what, f"obs[{key!r}]", known) for what, key, known in _columns(fields)]
+    rows += _further_labels(fields)
     rows += [(f"extra {e.name}", e.where, e.names(fields.genes)) for e in fields.extra]
     table = {
         "place": [place for _, place, _ in rows],
@@ -80,6 +89,22 @@ def _sources(fields: Fields) -> list[str]:
     columns = [key for key in (sources.coarse_key, *sources.annotator_keys) if key]
     soft = [f"obsm[{sources.soft_key!r}]"] if sources.soft_key else []
     return [*(sets if sources.set_names else []), *(f"obs[{key!r}]" for key in columns), *soft]
+
+
+def _further_labels(fields: Fields) -> list[tuple[str, str, np.ndarray | None]]:
+    """A row of the table for each of them, with the names that stand there."""
+    sources, own = fields.sources, f"obs[{fields.labels_key!r}]"
+    rows: list[tuple[str, str, np.ndarray | None]] = [
+        ("sets of labels", own if sources.set_names else "", np.array(sources.set_names)),
+        ("coarse labels", _of_obs(sources.coarse_key), np.array(sources.coarse_names)),
+        ("soft labels", f"obsm[{sources.soft_key!r}]" if sources.soft_key else "", fields.classes),
+        *(("annotator", _of_obs(key), fields.classes) for key in sources.annotator_keys),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def _of_obs(key: str) -> str:
+    return f"obs[{key!r}]" if key else ""
 
 
 def _columns(fields: Fields) -> list[tuple[str, str, np.ndarray | None]]:

@@ -14,6 +14,7 @@ correction); Dawid and Skene (1979), Appl Stat 28:20 (annotators with a confusio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pyro.distributions import Dirichlet, OneHotCategorical, TorchDistribution
@@ -36,7 +37,15 @@ class LabelSizes:
 
 
 class LabelNoise(nn.Module, ABC):
-    """From the evidence that annotators give to that of the label itself."""
+    """From the evidence that annotators give to that of the label itself.
+
+    Attributes
+    ----------
+    is_matrix
+        Whether its tensors have labels on two axes, which a query's new labels cannot enlarge.
+    """
+
+    is_matrix: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, given: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
@@ -109,6 +118,7 @@ class FixedNoise(ConfusionNoise):
         Rows that sum to 1, (L, L) for all annotators or (A, L, L).
     """
 
+    is_matrix: ClassVar[bool] = True
     matrix: Tensor
 
     def __init__(self, sizes: LabelSizes, matrix: Tensor | Sequence):
@@ -138,6 +148,8 @@ class RateNoise(ConfusionNoise):
 class LearnedNoise(ConfusionNoise):
     """Confusion matrices that are learned as parameters."""
 
+    is_matrix: ClassVar[bool] = True
+
     def __init__(self, sizes: LabelSizes, start: float = START):
         super().__init__()
         right = torch.full((sizes.n_annotators,), start)
@@ -159,6 +171,7 @@ class DirichletNoise(ConfusionNoise):
         Prior counts of the right label, and of all the others together.
     """
 
+    is_matrix: ClassVar[bool] = True
     prior: Tensor
 
     def __init__(self, sizes: LabelSizes, right: float = 9.0, others: float = 1.0):

@@ -45,8 +45,9 @@ class Evidence(Trained):
         return_mean
             Return the mean over cells, a number; otherwise one number for each cell, (N,).
         feed_labels
-            True: bound :math:`\log p(x, y)` where the label is known, and :math:`\log p(x)`
-            elsewhere. False: bound :math:`\log p(x)` of every cell, as scvi-tools does.
+            True: bound :math:`\log p(x, e)` with what is known of the label, e:
+            :math:`\log p(x, y)` at an exact label, :math:`\log p(x)` where nothing is known.
+            False: bound :math:`\log p(x)` of every cell, as scvi-tools does.
         seed
             Of the draws; None draws on from torch's generator.
 
@@ -125,8 +126,9 @@ class Evidence(Trained):
         n_inner_samples
             Draws of u for each of them and each label.
         feed_labels
-            A cell with a known label contributes :math:`\log p(x, y)`, as in the ELBO that
-            ``feed_labels`` of the training plan chooses.
+            Estimate :math:`\log p(x, e)` with what is known of the label, e:
+            :math:`\log p(x, y)` at an exact label, as in the ELBO that ``feed_labels`` of the
+            training plan chooses.
         seed
             Of what is drawn; None draws on from torch's generator.
 

@@ -42,6 +42,13 @@ class Reference:
                 "extend_labels cannot be used with labels_groups: the group of a new label is not "
                 "known; train a model with the new labels and their groups from scratch"
             )
+        if n_labels > self.vae.n_labels and self.vae.label_noise.is_matrix:
+            raise InputError(
+                f"extend_labels cannot be used here: label_noise of the reference is a confusion "
+                f"matrix of its {self.vae.n_labels} labels; train a reference that knows the names "
+                "of the new ones, SCANVI.setup_anndata(..., labels=[...]), or one with "
+                "label_noise='rate', which takes new labels"
+            )
         if arguments.get("y_prior") is not None:
             arguments["y_prior"] = grown_label_prior(self.vae.y_prior, n_labels).tolist()
         return arguments
@@ -148,6 +155,7 @@ def _checked_labels(fields: Fields, extend_labels: Iterable) -> list:
     for i, name in enumerate(names):
         clashes = {
             "is a label of the reference": name in known,
+            "is a set of labels of the reference": name in fields.sources.set_names,
             "is the unlabelled category": name == fields.unlabeled_category,
             f"reads like the unlabelled category {fields.unlabeled_category!r}": reads_unlabeled(
                 name, fields.unlabeled_category

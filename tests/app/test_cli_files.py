@@ -375,6 +375,15 @@ def test_covariates(cellxgene):
     assert setup["size_factor_key"] == "size"
 
 
+def test_coarser_labels(cellxgene):
+    cells = cellxgene.raw.to_adata()
+    cells.obs["broad"] = ["all of them"] * cells.n_obs
+    write(cells, "in.zarr")
+    found = annotated("in.zarr", "out.zarr", "--coarse-labels-key", "broad")
+    sources = found.uns["pyro_scanvi"]["setup"]["sources"]
+    assert sources["coarse_key"] == "broad" and list(sources["coarse_names"]) == ["all of them"]
+
+
 # ---- pictures -----------------------------------------------------------------------------------
 
 LONG = "CD4-positive, CD25-positive, CCR4-positive, alpha-beta {} T cell"
