@@ -37,7 +37,13 @@ from pyro_scanvi.scvi_tools.saves import read_save
 from pyro_scanvi.scvi_tools.weights import shared_state
 from pyro_scanvi.storage import models
 from pyro_scanvi.storage.files import user_path
-from pyro_scanvi.storage.parts import names_of_parts, parts_in, without_parts
+from pyro_scanvi.storage.parts import (
+    name_of_part,
+    names_of_parts,
+    parts_in,
+    with_parts,
+    without_parts,
+)
 from pyro_scanvi.storage.storable import storable, storable_names
 from pyro_scanvi.surgery import freezing, growing, query
 from pyro_scanvi.training import runs
@@ -934,12 +940,13 @@ class SCANVI(
         """What was done, as a plain dict."""
         last = self.history.groupby("split").last() if len(self.history) else pd.DataFrame()
         losses = {s: row.drop("epoch").dropna().to_dict() for s, row in last.iterrows()}
+        names = {place: name_of_part(p) for place, p in parts_in(self.vae_arguments).items()}
         return {
             "version": version("pyro-scanvi"),
             "seed": self.seed,
             "n_epochs": self.n_epochs_trained,
             "settings": {
-                "model": {k: str(v) for k, v in self.vae_arguments.items()},
+                "model": {k: str(v) for k, v in with_parts(self.vae_arguments, names).items()},
                 "training": storable(self.training_settings),
             },
             "final_losses": storable(losses),

@@ -196,3 +196,11 @@ def test_a_moved_function_is_the_same_part():
     parts.check_parts(saved, {"it": negative_binomial})
     with pytest.raises(InputError, match="saved with negative_binomial of __main__"):
         parts.check_parts(saved, {"it": replace})
+
+
+def test_annotations_name_parts(model):
+    """By name, as an address would change with every process."""
+    told = model.annotate(model.adata.copy()).uns["pyro_scanvi"]["settings"]["model"]
+    assert told["dispersion"] == "BatchDispersion" and told["var_activation"] == "<lambda>"
+    assert told["extra_encoder_kwargs"] == "{'activation': 'GELU', 'bias': False}"
+    assert "0x" not in str(told)
