@@ -60,17 +60,21 @@ def _palette(obs: pd.DataFrame, unlabeled: str) -> dict[Any, str]:
 
 
 def loss_figure(history: pd.DataFrame) -> Figure:
-    """ELBO, cross-entropy and accuracy by epoch, for training and held-out cells."""
+    """ELBO, cross-entropy and accuracy by epoch, for training and held-out cells.
+
+    What the history lacks, as accuracy where no label is exact, is left out.
+    """
     panels = {
         "elbo": "ELBO (nats per cell)",
         "cross_entropy": "cross-entropy (nats per labelled cell)",
         "accuracy": "accuracy on labelled cells",
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5))
-    for axis, (column, title) in zip(axes, panels.items(), strict=True):
+    panels = {column: title for column, title in panels.items() if column in history}
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
+    for axis, (column, title) in zip(axes[0], panels.items(), strict=True):
         for name, rows in history.groupby("split"):
             axis.plot(rows["epoch"] + 1, rows[column], label=name)
         axis.set(title=title, xlabel="epoch")
-    axes[0].legend(frameon=False)
+    axes[0, 0].legend(frameon=False)
     figure.tight_layout()
     return figure

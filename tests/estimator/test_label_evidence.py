@@ -2,12 +2,14 @@
 
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from pyro_scanvi import SCANVI, InputError
+from pyro_scanvi.app.plotting import loss_figure
 from pyro_scanvi.model.label_noise import FixedNoise
 from pyro_scanvi.posterior.importance import log_joint
 from tests.examples import SMALL, TYPES, as_they_are, simulated
@@ -164,6 +166,19 @@ def test_scores_count_what_can_be_scored():
     assert row["cross_entropy"] == pytest.approx(-np.log(told[scored]).mean(), rel=1e-4)
     right = (soft.idxmax(axis=1) == given)[exact[held]].mean()
     assert row["accuracy"] == pytest.approx(right)
+
+
+def test_without_any_exact_label_there_is_no_accuracy():
+    """The cross-entropy of sets is scored, and drawn."""
+    adata = some_cells()
+    broad = adata.obs["truth"].replace({"B": "lymphoid", "T": "lymphoid", "NK": "innate"})
+    adata.obs["cell_type"] = broad.where(np.arange(N) > 5, "Unknown")
+    sets = SETS | {"innate": ["NK", "ILC"]}
+    model = train(made(adata, setup={"label_sets": sets}))
+    assert np.isfinite(model.history["cross_entropy"]).all()
+    assert "accuracy" not in model.history
+    assert len(loss_figure(model.history).axes) == 2
+    plt.close("all")
 
 
 @pytest.mark.parametrize(

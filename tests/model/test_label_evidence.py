@@ -23,6 +23,7 @@ from pyro_scanvi.model.label_noise import (
     safe_log,
 )
 from pyro_scanvi.model.objective import classification_cost
+from pyro_scanvi.model.objectives import ImportanceWeightedELBO
 from tests.examples import SIZES, random_cells, small_vae
 from tests.model.test_objective import (
     MODELS,
@@ -244,6 +245,35 @@ def test_a_minibatch_without_any_evidence_has_no_classification_term():
     vae = double_vae()
     parts = seeded_parts(SemiSupervisedELBO(vae.q_y), vae, random_cells(vae, "none"))
     assert parts.classification.sum() == 0 and not parts.informative.any()
+
+
+def test_cells_with_sets_count_by_their_weight_and_where_they_are_chosen():
+    """In the classification term; cells of which nothing is known do not."""
+    vae, cells, chances = case_of("sets")
+    weight = torch.arange(1.0, 13.0).double()
+    classified = torch.arange(12) % 5 != 0
+    seen = replace(cells, weight=weight, classified=classified)
+    elbo = SemiSupervisedELBO(vae.q_y, 7.0)
+    bare = SemiSupervisedELBO(vae.q_y, 0.0)
+    found = seeded_parts(elbo, vae, seen).loss - seeded_parts(bare, vae, seen).loss
+    q = vae.classifier(vae.z_encoder((1 + cells.x).log(), one(cells.batch, 2))[0]).softmax(-1)
+    wrong = -(q * chances(vae)).sum(-1).log()
+    counted = weight * classified * (chances(vae).sum(-1) < 3)
+    torch.testing.assert_close(found, 7 * (counted * wrong).sum() / counted.sum())
+
+
+def test_the_importance_weighted_bound_sums_over_the_set():
+    """With the same draws, exp(bound) of a set is the sum of those of its labels."""
+    vae, cells, _ = case_of("sets")
+    elbo = ImportanceWeightedELBO(vae.q_y, num_particles=4)
+
+    def bounds(chance):
+        seen = replace(cells.hide_labels(), evidence=evidence_of(chance))
+        return seeded_parts(elbo, vae, seen).bounds
+
+    exact = torch.stack([bounds(torch.eye(3).double()[y].expand(12, 3)) for y in range(3)], -1)
+    expected = (exact + evidence_of(told(SETS))).logsumexp(-1)
+    torch.testing.assert_close(bounds(told(SETS)), expected)
 
 
 # ---- a posterior of the matrices --------------------------------------------------------------
