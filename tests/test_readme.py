@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pyro
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,7 @@ def test_blocks_run(page, quick_start):
     namespace = dict(quick_start)
     for block in blocks(page)[page == README :]:
         run(page, block, namespace)
+    pyro.clear_param_store()  # an AutoGuide's are there; other tests find it empty
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -231,7 +231,7 @@ def test_edited_labels_are_refused_by_what_reads_them():
         lambda: model.get_elbo(feed_labels=True),
         lambda: model.get_marginal_ll(feed_labels=True),
     ):
-        with pytest.raises(InputError, match="or what else says labels, has changed"):
+        with pytest.raises(InputError, match=r"or what else says labels\) has changed"):
             ask()
 
 
