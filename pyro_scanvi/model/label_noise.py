@@ -24,7 +24,7 @@ from torch.nn.functional import one_hot
 from pyro_scanvi.data.minibatches import LOG_IMPOSSIBLE
 from pyro_scanvi.validation import InputError
 
-START = 0.9  # how often an annotator is right, before anything is learned
+START = 0.7  # how often an annotator is right, before anything is learned
 SITE = "confusion"
 
 
@@ -174,7 +174,7 @@ class DirichletNoise(ConfusionNoise):
     is_matrix: ClassVar[bool] = True
     prior: Tensor
 
-    def __init__(self, sizes: LabelSizes, right: float = 9.0, others: float = 1.0):
+    def __init__(self, sizes: LabelSizes, right: float = 7.0, others: float = 3.0):
         super().__init__()
         rate = torch.full((sizes.n_annotators,), right / (right + others))
         prior = diagonal_confusion(rate, sizes.n_labels) * (right + others)
