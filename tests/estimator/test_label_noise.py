@@ -1,7 +1,6 @@
 """Labels that may be wrong, in a simulation whose truth is known.
 
-Seeds are fixed, so a test fails only if the code changes or numbers differ between machines; the
-margins are below the smallest difference seen over seeds 0, 1 and 2, which each test names.
+Seeds are fixed, and the thresholds at most half of what was measured, which each test names.
 """
 
 import anndata as ad
@@ -83,7 +82,7 @@ CONFUSED = np.array([[0.5, 0.45, 0.05], [0.05, 0.9, 0.05], [0.1, 0.1, 0.8]])
 
 
 def test_three_annotators_give_their_confusion():
-    """It is not symmetric, so that no start or prior lies near it."""
+    """It is not symmetric, so that the start is far: .20 in total variation. Measured: .05."""
     adata = cells(n_labels=3, spread=0.9)
     rng = np.random.default_rng(0)
     kind = pd.Categorical(adata.obs["truth"]).codes
@@ -100,6 +99,5 @@ def test_three_annotators_give_their_confusion():
     def distance(matrix):  # total variation of rows, their mean
         return np.abs(matrix - CONFUSED).sum(-1).mean() / 2
 
-    print(distance(found), distance(start))
     assert distance(found) < 0.1
     assert distance(found) < 0.6 * distance(start)
