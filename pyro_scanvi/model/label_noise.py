@@ -9,6 +9,12 @@ probabilities. An annotator a who errs gives label k with probability :math:`C^a
 Natarajan et al. (2013), NeurIPS (class-conditional noise); Patrini et al. (2017), CVPR (the forward
 correction); Dawid and Skene (1979), Appl Stat 28:20 (annotators with a confusion matrix each).
 ``LABEL_NOISE`` is the only table from names to such parts.
+
+One annotator's matrix and a classifier that may be unsure explain the same labels (the matrix is
+the identity, the classifier as unsure as the labels are noisy), or the classifier knows the wrong
+labels by heart. So a rate of one annotator is no estimate: it moves little from where it starts,
+and towards 1 the longer it is trained. Where the matrix is known, give it (:class:`FixedNoise`).
+Three annotators tell theirs.
 """
 
 from abc import ABC, abstractmethod
