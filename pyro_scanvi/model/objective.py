@@ -10,7 +10,9 @@ For a minibatch of cells, the loss is
 
 in nats per cell, with the expectation over the label exact, w the KL weight, r the classification
 ratio, and e what is known of the label: the last term is the cross-entropy where that is an exact
-label, and is averaged over the cells of the minibatch of whose label anything is known.
+label. It is averaged over the labelled cells of the minibatch, and apart from those over the cells
+of whose label something else is known, such as a set: many coarse labels do not thin out few exact
+ones.
 Where cells have weights, each cell's term counts as often as its weight says, in both averages.
 Further observed sites add their -log p. Sites that all cells share, outside the plate, add
 :math:`w\,\mathrm{KL} / N`, in closed form where one is known.
@@ -224,7 +226,8 @@ class SemiSupervisedELBO(RevisedELBO):
         elbo = self.bound(model_trace, guide_trace) / cells.n_obs
         wrong, informative, logits = self._classify(guide_trace, cells)
         weight = _classification_weight(cells, informative)
-        classification = (weight * wrong).sum() / weight.sum().clamp(min=SMALLEST_WEIGHT)
+        classification = _mean(wrong, weight * cells.labelled)
+        classification = classification + _mean(wrong, weight * ~cells.labelled)
         loss = self.classification_ratio * classification - elbo
         with torch.no_grad():
             costs = _expected_costs(model_trace, guide_trace, len(cells), self.num_particles)
@@ -290,6 +293,11 @@ def classification_cost(q_y: OneHotCategorical, evidence: Tensor) -> tuple[Tenso
     informative = (evidence != 0).any(-1)
     cost = -(q_y.logits + evidence).logsumexp(-1)
     return torch.where(informative, cost, torch.zeros_like(cost)), informative
+
+
+def _mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean; 0 where nothing has a weight."""
+    return (weight * values).sum() / weight.sum().clamp(min=SMALLEST_WEIGHT)
 
 
 def _classification_weight(cells: Cells, informative: Tensor) -> Tensor:

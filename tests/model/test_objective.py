@@ -443,3 +443,22 @@ def test_it_leaves_no_trace():
     losses(vae, cells)
     assert not list(pyro.get_param_store())
     assert set(poutine.trace(vae.guide).get_trace(cells).stochastic_nodes) >= {"z", "u"}
+
+
+def test_masked_cells_count_for_nothing():
+    """Under `poutine.mask` of a modeller's own: the same draws, six cells of twelve."""
+    vae = double_vae()
+    cells = random_cells(vae, n_obs=12)
+    elbo = SemiSupervisedELBO(None)
+    seen = torch.arange(12) < 6
+    whole = seeded_parts(elbo, vae, cells)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model, guide = (poutine.mask(f, mask=seen) for f in (vae.model, vae.guide))
+        found = elbo.parts(model, guide, cells)
+    for now, before in (
+        (found.reconstruction, whole.reconstruction),
+        (found.kl["u"], whole.kl["u"]),
+    ):
+        torch.testing.assert_close(now, before * seen)
+    torch.testing.assert_close(found.loss, -whole.elbo()[seen].sum() / 12)
