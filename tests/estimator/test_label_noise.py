@@ -3,6 +3,8 @@
 Seeds are fixed, and the thresholds at most half of what was measured, which each test names.
 """
 
+from functools import partial
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from pyro_scanvi import SCANVI
-from pyro_scanvi.model.label_noise import FixedNoise, LabelSizes, LearnedNoise
+from pyro_scanvi.model.label_noise import FixedNoise, LabelSizes, LearnedNoise, RateNoise
 
 REDRAWN = 0.4
 N_GENES = 30
@@ -50,12 +52,15 @@ def annotate(adata: ad.AnnData, key: str, seed: int, shown: np.ndarray) -> None:
     adata.obs[key] = pd.Categorical(np.where(shown, given, "Unknown"))
 
 
-def trained(adata: ad.AnnData, noise, seed: int, annotators=(), **settings) -> SCANVI:
+def trained(
+    adata: ad.AnnData, noise, seed: int, annotators=(), n_hidden=64, max_epochs=30, **settings
+) -> SCANVI:
     """A small model of noisy labels."""
     SCANVI.setup_anndata(adata, "given", "Unknown", annotator_keys=list(annotators) or None)
-    model = SCANVI(adata, seed=seed, n_hidden=64, n_latent=5, label_noise=noise)
+    model = SCANVI(adata, seed=seed, n_hidden=n_hidden, n_latent=5, label_noise=noise)
     plan = {"classification_ratio": 20.0, "lr": 1e-2} | settings
-    return model.train(max_epochs=30, train_size=1.0, plan_kwargs=plan, progress_bar=False)
+    run = {"train_size": 1.0, "plan_kwargs": plan, "progress_bar": False}
+    return model.train(max_epochs=max_epochs, **run)
 
 
 def accuracies(noise, seed: int) -> np.ndarray:
@@ -71,11 +76,23 @@ def accuracies(noise, seed: int) -> np.ndarray:
 
 
 def test_known_noise_finds_the_wrong_labels():
-    """Mean over two seeds. Measured: wrongly labelled +.21, +.02; the same kept +.30, +.29."""
-    gains = [accuracies(known, seed) - accuracies("none", seed) for seed in (0, 1)]
-    _, wrong, kept = np.mean(gains, 0)
-    assert wrong > 0.04
+    """Measured at seed 0: wrongly labelled +.21, the same kept +.30; at seed 1 +.02 and +.29."""
+    _, wrong, kept = accuracies(known, 0) - accuracies("none", 0)
+    assert wrong > 0.1
     assert kept > 0.15
+
+
+def test_a_learned_rate_is_found_where_labels_are_many():
+    """For so small a network that it cannot know them by heart; it starts far below the truth, .7.
+
+    Measured from seed 0 to 3: .74, .76, .76, .77. (From .95 it has come down to .87 by then.)
+    """
+    adata = cells(n_labels=4, spread=0.8, n=1200)
+    annotate(adata, "given", 100, np.random.default_rng(0).random(1200) < 0.7)
+    start = partial(RateNoise, start=0.45)
+    module = trained(adata, start, 0, n_hidden=16, max_epochs=25).module
+    right = module.label_noise.confusion({})[0].diagonal().detach()
+    assert ((right > 0.6) & (right < 0.85)).all()
 
 
 CONFUSED = np.array([[0.5, 0.45, 0.05], [0.05, 0.9, 0.05], [0.1, 0.1, 0.8]])
