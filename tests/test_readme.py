@@ -18,7 +18,7 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def run(page: Path, code: str, namespace: dict, epochs: int = 2) -> None:
+def run(page: Path, code: str, namespace: dict, epochs: int = 1) -> None:
     """Fewer epochs, otherwise as it stands."""
     exec(compile(EPOCHS.sub(f"epochs={epochs}", code), page.name, "exec"), namespace)
 
