@@ -34,7 +34,7 @@ from pyro_scanvi.model.construction import likelihood_of
 from pyro_scanvi.model.contracts import BROKEN, explained, named
 from pyro_scanvi.model.likelihoods import GeneLikelihood, Sizes, elementwise, reads_label
 from pyro_scanvi.model.objective import ObjectiveParts, SemiSupervisedELBO
-from pyro_scanvi.model.pyro_internals import Site, enumeration_dim, is_plate, sites
+from pyro_scanvi.model.pyro_internals import Site, enumeration_dim, in_cells, own_sites
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.names import first, listed
 from pyro_scanvi.storage.parts import name_of_part, parts_in
@@ -256,10 +256,10 @@ def cells_stand_alone(subject: Subject) -> None:
     together = traces(vae, minibatch(model))
     alone = traces(vae, minibatch(model, n=few), values=first_cells(together[0], few))
     for side, whole, part in zip("qp", together, alone, strict=True):
-        for name, site in samples(part).items():
+        for name, site in own_sites(part).items():
             found = log_prob(site)
-            expected = log_prob(samples(whole)[name])
-            if in_plate(site):
+            expected = log_prob(own_sites(whole)[name])
+            if in_cells(site):
                 expected = expected.expand(N_CELLS)[:few]
             if not torch.allclose(found, expected, rtol=ROUNDING, atol=ROUNDING):
                 worst = (found - expected).abs().argmax()
@@ -457,33 +457,18 @@ def traces(
         return guide_trace, poutine.trace(replayed).get_trace(cells)
 
 
-def samples(trace: Trace) -> dict[str, Site]:
-    """Its samples that have a log probability of their own: no plates, no sites that join two."""
-    found = sites(trace).items()
-    return {
-        name: site
-        for name, site in found
-        if site["type"] == "sample" and not (is_plate(site) or site["infer"].get("_deterministic"))
-    }
-
-
 def latent(trace: Trace) -> dict[str, Site]:
     """Those that are drawn."""
-    return {name: site for name, site in samples(trace).items() if not site["is_observed"]}
+    return {name: site for name, site in own_sites(trace).items() if not site["is_observed"]}
 
 
 def observed(vae: SCANVAE, cells: Cells) -> Iterator[tuple[str, Distribution]]:
     """What is seen of the cells, by site, at a draw of the guide."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for name, site in samples(traces(vae, cells)[1]).items():
+        for name, site in own_sites(traces(vae, cells)[1]).items():
             if site["is_observed"]:
                 yield name, site["fn"]
-
-
-def in_plate(site: Site) -> bool:
-    """Whether it is of the cells, not of what they share."""
-    return "cells" in {frame.name for frame in site["cond_indep_stack"]}
 
 
 def log_prob(site: Site) -> Tensor:
@@ -495,9 +480,9 @@ def log_prob(site: Site) -> Tensor:
 def first_cells(trace: Trace, n: int) -> Trace:
     """The draws of the first cells, to be replayed."""
     few = Trace()
-    for name, site in samples(trace).items():
+    for name, site in own_sites(trace).items():
         dim = -1 - site["fn"].event_dim
-        value = site["value"].narrow(dim, 0, n) if in_plate(site) else site["value"]
+        value = site["value"].narrow(dim, 0, n) if in_cells(site) else site["value"]
         few.add_node(name, **(site | {"value": value}))
     return few
 

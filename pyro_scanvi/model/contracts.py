@@ -23,10 +23,9 @@ from torch.distributions import Distribution
 from pyro_scanvi.model.pyro_internals import (
     Site,
     enumeration_dim,
-    is_plate,
+    own_sites,
     random_parameters,
     shapes_of,
-    sites,
     without_shapes,
 )
 from pyro_scanvi.validation import InputError
@@ -102,7 +101,7 @@ def check_traces(model_trace: Trace, guide_trace: Trace) -> None:
         check_counterparts(model_trace, guide_trace)
         sizes = _enumerated(guide_trace) | _enumerated(model_trace)
         for side, trace in (("q", guide_trace), ("p", model_trace)):
-            for name, site in _samples(trace).items():
+            for name, site in own_sites(trace).items():
                 _check_dimensions(name, site, side, sizes)
     except ContractError as error:
         shown = f"{error}\n{shapes_of(guide_trace, model_trace)}"
@@ -111,7 +110,7 @@ def check_traces(model_trace: Trace, guide_trace: Trace) -> None:
 
 def check_counterparts(model_trace: Trace, guide_trace: Trace) -> None:
     """Refuse a latent site of the model that the guide lacks, and the other way round."""
-    p, q = _samples(model_trace), _samples(guide_trace)
+    p, q = own_sites(model_trace), own_sites(guide_trace)
     for name, site in p.items():
         if not (name in q or site["is_observed"] or enumeration_dim(site) is not None):
             raise ContractError(
@@ -155,7 +154,7 @@ def explained(
 
 def differing_events(vae: nn.Module, model_trace: Trace, guide_trace: Trace) -> Iterator[str]:
     """A sentence for each site that has one event in the model and another in the guide."""
-    p, q = _samples(model_trace), _samples(guide_trace)
+    p, q = own_sites(model_trace), own_sites(guide_trace)
     for name in p.keys() & q.keys():
         events = [tuple(site["fn"].event_shape) for site in (p[name], q[name])]
         if events[0] != events[1]:
@@ -213,16 +212,10 @@ def _shared(name: str) -> str:
     )
 
 
-def _samples(trace: Trace) -> dict[str, Site]:
-    """Its sites that are samples, without plates."""
-    found = sites(trace).items()
-    return {name: s for name, s in found if s["type"] == "sample" and not is_plate(s)}
-
-
 def _enumerated(trace: Trace) -> dict[int, int]:
     """Number of values on each dimension that enumerates a site."""
     found = {}
-    for site in _samples(trace).values():
+    for site in own_sites(trace).values():
         dim = enumeration_dim(site)
         if dim is not None:
             found[dim] = site["value"].shape[dim - site["fn"].event_dim]

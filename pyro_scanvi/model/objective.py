@@ -32,7 +32,7 @@ from torch.distributions import kl_divergence
 
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.contracts import check_traces
-from pyro_scanvi.model.pyro_internals import CELLS, RevisedELBO, Site, set_log_prob, sites
+from pyro_scanvi.model.pyro_internals import RevisedELBO, Site, in_cells, set_log_prob, sites
 
 SMALLEST_WEIGHT = 1e-30  # a minibatch without labels has no classification term
 CLOSED_FORM = ("u", "l")
@@ -356,8 +356,7 @@ def _expected_costs(
 
 def is_shared(site: Site) -> bool:
     """Whether it is a sample outside the plate of cells."""
-    plates = [plate.name for plate in site.get("cond_indep_stack", ())]
-    return site["type"] == "sample" and CELLS not in plates
+    return site["type"] == "sample" and not in_cells(site)
 
 
 def enumeration_weight(guide_trace: Trace) -> Tensor:

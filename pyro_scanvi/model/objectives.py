@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pyro.distributions import OneHotCategorical, TorchDistribution
@@ -44,7 +44,7 @@ from pyro_scanvi.model.objective import (
     is_shared,
     masked,
 )
-from pyro_scanvi.model.pyro_internals import Site, sites
+from pyro_scanvi.model.pyro_internals import Site, enumeration_dim, sites
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.validation import InputError, check_at_least, check_flags, make_plain
 
@@ -76,6 +76,17 @@ class DifferentiableLoss(Protocol):
 
     def differentiable_loss(self, model: Callable, guide: Callable, cells: Cells) -> Tensor:
         """The same as a tensor."""
+
+
+def _given(vae: SCANVAE, plan: ObjectiveSettings) -> dict[str, Any]:
+    """The arguments of an objective that model and plan give."""
+    return {
+        "classifier": vae.q_y,
+        "classification_ratio": plan.classification_ratio,
+        "feed_labels": plan.feed_labels,
+        "point": vae.latent_point,
+        "evidence": vae.evidence,
+    }
 
 
 @dataclass(frozen=True)
@@ -111,14 +122,10 @@ class ELBO:
     def __call__(self, vae: SCANVAE, plan: ObjectiveSettings) -> BoundModule:
         """The loss of this model, as this plan weighs it."""
         return self.kind(
-            vae.q_y,
-            plan.classification_ratio,
-            plan.feed_labels,
+            **_given(vae, plan),
             closed_form=self.closed_form,
             weighted=self.weighted,
-            point=vae.latent_point,
             num_particles=self.num_particles,
-            evidence=vae.evidence,
         )(vae.model, vae.guide)
 
 
@@ -144,13 +151,9 @@ class IWAE:
     def __call__(self, vae: SCANVAE, plan: ObjectiveSettings) -> BoundModule:
         """The loss of this model, as this plan weighs it."""
         return ImportanceWeightedELBO(
-            vae.q_y,
-            plan.classification_ratio,
-            plan.feed_labels,
+            **_given(vae, plan),
             weighted=self.weighted,
-            point=vae.latent_point,
             num_particles=self.num_particles,
-            evidence=vae.evidence,
             sum_labels=self.sum_labels,
         )(vae.model, vae.guide)
 
@@ -280,7 +283,7 @@ class ImportanceWeightedELBO(SemiSupervisedELBO):
         for name, site in _of_cells(p).items():
             total = total + weighted(name, masked(site))
         for name, site in _of_cells(q).items():
-            if not (self.sum_labels and _is_enumerated(site)):
+            if not (self.sum_labels and enumeration_dim(site) is not None):
                 total = total - weighted(name, masked(site))
         return total
 
@@ -289,10 +292,6 @@ def _of_cells(trace: dict[str, Site]) -> dict[str, Site]:
     """The samples inside the plate of cells."""
     drawn = {name: site for name, site in trace.items() if site["type"] == "sample"}
     return {name: site for name, site in drawn.items() if not is_shared(site)}
-
-
-def _is_enumerated(site: Site) -> bool:
-    return site["infer"].get("_enumerate_dim") is not None
 
 
 def _scale(p: dict[str, Site]) -> Tensor:
@@ -313,7 +312,8 @@ def _scale(p: dict[str, Site]) -> Tensor:
 
 def _check_drawn_with_gradients(q: dict[str, Site]) -> None:
     for name, site in q.items():
-        if site["type"] == "sample" and not (_is_enumerated(site) or site["fn"].has_rsample):
+        enumerated = site["type"] == "sample" and enumeration_dim(site) is not None
+        if site["type"] == "sample" and not (enumerated or site["fn"].has_rsample):
             raise InputError(
                 f"site {name!r} of the guide, {site['fn']}, is drawn without a gradient (it has no "
                 "rsample) and not enumerated, which IWAE needs; take ELBO()"

@@ -136,6 +136,20 @@ def is_plate(site: Site) -> bool:
     return site_is_subsample(cast(Any, site))
 
 
+def own_sites(trace: Trace) -> dict[str, Site]:
+    """Its samples with a log probability of their own: no plates, and none that joins two sites."""
+    return {
+        name: site
+        for name, site in sites(trace).items()
+        if site["type"] == "sample" and not (is_plate(site) or site["infer"].get("_deterministic"))
+    }
+
+
+def in_cells(site: Site) -> bool:
+    """Whether it lies in the plate of cells."""
+    return CELLS in {plate.name for plate in site.get("cond_indep_stack", ())}
+
+
 def enumeration_dim(site: Site) -> int | None:
     """The dimension that enumerates the site's values; None where it is drawn or observed."""
     return site["infer"].get("_enumerate_dim")

@@ -20,11 +20,10 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_scanvi.data.minibatches import Cells
-from pyro_scanvi.model.pyro_internals import Site, sites
+from pyro_scanvi.model.pyro_internals import Site, enumeration_dim, in_cells, own_sites
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import log_prob_of_events, parts, total
 from pyro_scanvi.validation import InputError
@@ -91,15 +90,15 @@ class TraceWeights:
     def _check_sites(self, cells: Cells) -> None:
         """Refuse what no weight makes right, before anything is enumerated or vectorised."""
         guide = poutine.trace(self.vae.guide).get_trace(cells)
-        q, shared = _sites(guide), self.vae.p_shared()
+        q, shared = own_sites(guide), self.vae.p_shared()
         self._check_none_observed(q)
         model = poutine.trace(poutine.replay(self.vae.model, trace=guide)).get_trace(cells)
-        p = _sites(model)
+        p = own_sites(model)
         self._check_all_weighed(q, p)
         for name, site in (p | q).items():
             self._check_plates(name, site)
         for name, site in p.items():
-            if not _in_cells(site) and (name not in shared or name not in q):
+            if not in_cells(site) and (name not in shared or name not in q):
                 raise InputError(
                     f"{self._name}: {name} is outside the plate of cells, and not in p_shared and "
                     "q_shared, so that its posterior is not known; put it into both, or sample it "
@@ -155,16 +154,16 @@ def log_weights(model: Trace, guide: Trace) -> Tensor:
     (..., S, N) or what broadcasts to it, one dimension on the left for each enumerated site, whose
     q is not read.
     """
-    q = {n: s for n, s in _of_cells(guide).items() if _enumerated_dim(s) is None}
+    q = {n: s for n, s in _of_cells(guide).items() if enumeration_dim(s) is None}
     p = _of_cells(model)
-    read = {n: s for n, s in p.items() if s["is_observed"] or n in q or _enumerated_dim(s)}
+    read = {n: s for n, s in p.items() if s["is_observed"] or n in q or enumeration_dim(s)}
     return total(_log_prob(s) for s in read.values()) - total(_log_prob(s) for s in q.values())
 
 
 def _by_label(log_weight: Tensor, model: Trace) -> Tensor:
     """Summed over draws and what else is enumerated, (L, N); without labels (1, N)."""
     site, n_cells = _label(model), log_weight.shape[-1]
-    dim = None if site is None else _enumerated_dim(site)
+    dim = None if site is None else enumeration_dim(site)
     if dim is None:
         return log_weight.reshape(-1, n_cells).logsumexp(0, keepdim=True)
     first = log_weight.movedim(dim, 0)
@@ -175,7 +174,7 @@ def _shape(model: Trace, guide: Trace, n_samples: int, n_cells: int) -> list[int
     """Of weights, with their whole extent in each dimension."""
     extents = {-1: n_cells, DIM_OF_DRAWS: n_samples}
     for site in (_of_cells(guide) | _of_cells(model)).values():
-        dim = _enumerated_dim(site)
+        dim = enumeration_dim(site)
         if dim is not None:
             extents[dim] = len(site["fn"].enumerate_support(expand=False))
     return [extents.get(dim, 1) for dim in range(min(extents), 0)]
@@ -187,33 +186,14 @@ def _enumerated_label(site: Any) -> Any:
     return {"enumerate": "parallel"} if site["name"] in LABEL and can_be else {}
 
 
-def _enumerated_dim(site: Site) -> int | None:
-    return site["infer"].get("_enumerate_dim")
-
-
 def _label(trace: Trace) -> Site | None:
     """The latent site of the label, if there is an enumerated one."""
-    found = [s for n, s in _of_cells(trace).items() if n in LABEL and _enumerated_dim(s)]
+    found = [s for n, s in _of_cells(trace).items() if n in LABEL and enumeration_dim(s)]
     return found[0] if found else None
 
 
-def _sites(trace: Trace) -> dict[str, Site]:
-    """What is sampled or observed, without plates, and what joins the halves of a site."""
-    return {
-        name: site
-        for name, site in sites(trace).items()
-        if site["type"] == "sample"
-        and not site_is_subsample(site)  # type: ignore[arg-type]
-        and not site["infer"].get("_deterministic")
-    }
-
-
 def _of_cells(trace: Trace) -> dict[str, Site]:
-    return {name: site for name, site in _sites(trace).items() if _in_cells(site)}
-
-
-def _in_cells(site: Site) -> bool:
-    return "cells" in {plate.name for plate in site["cond_indep_stack"]}
+    return {name: site for name, site in own_sites(trace).items() if in_cells(site)}
 
 
 def _log_prob(site: Site) -> Tensor:

@@ -48,15 +48,6 @@ def no_noise(monkeypatch):
     monkeypatch.setattr(torch.distributions.normal, "_standard_normal", zeros)
 
 
-@pytest.fixture
-def float64():
-    """The default dtype, which Pyro's own ELBO needs for the site that joins y."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 def seeded_parts(elbo, vae, cells, seed=1):
     with torch.random.fork_rng():
         torch.manual_seed(seed)

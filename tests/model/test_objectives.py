@@ -359,14 +359,6 @@ def test_flags_are_checked():
 # ---- losses of Pyro ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 @pytest.mark.parametrize("feed_labels", [True, False])
 def test_a_loss_of_pyro_is_taken_as_it_is(float64, feed_labels):
     """The same draws, KLs by Monte Carlo and no classification: our ELBO, value and gradient."""
