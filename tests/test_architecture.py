@@ -13,9 +13,9 @@ from pyro_scanvi.posterior.trained import Trained
 
 ROOT = Path(pyro_scanvi.__file__).parent
 LAYERS = [  # from above; what stands in one line does not know the others of it
-    {"app", "testing", "__init__"},
+    {"app", "criticism", "experiments", "testing", "__init__"},
     {"estimator"},
-    {"training", "posterior", "surgery"},
+    {"training", "posterior", "surgery", "extensions"},
     {"model"},
     {"scvi_tools"},
     {"data"},

@@ -1,0 +1,1 @@
+"""Is the posterior any good? Simulation-based calibration, predictive checks, ArviZ."""

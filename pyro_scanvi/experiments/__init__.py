@@ -1,0 +1,1 @@
+"""A bench for stochastic variational inference: each function returns a tidy DataFrame."""
