@@ -172,7 +172,10 @@ class NormalNetwork(nn.Module):
 
     def forward(self, x: Tensor, covariates: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(..., N, n_in) to loc and scale, each (..., N, n_out)."""
-        hidden = self.hidden(x, covariates)
+        return self.heads(self.hidden(x, covariates))
+
+    def heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """From the hidden units (..., N, n), which further heads may read, to loc and scale."""
         variance = self.var_activation(self.variance(hidden)) + self.var_eps
         return self.mean(hidden), variance.sqrt()
 
