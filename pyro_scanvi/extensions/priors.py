@@ -28,8 +28,8 @@ class MixturePrior(SCANVAE):
 
     Means start at draws of N(0, I / K), about 1 from the centre whatever K is, scales at 1 and
     weights equal: p(u) starts near N(0, I), and each component has a share of every cell. (Draws of
-    N(0, I) in 10 dimensions lie so far apart that some would have none, and never move.) Dilokthanakul
-    et al. (2016), arXiv 1611.02648.
+    N(0, I) lie so far apart in 10 dimensions that some would have next to none, and hardly move.)
+    Dilokthanakul et al. (2016), arXiv 1611.02648.
 
     Parameters
     ----------
@@ -89,9 +89,7 @@ class VampPrior(SCANVAE):
     pseudo_batch: Tensor
     pseudo_categorical: Tensor
 
-    def __init__(
-        self, *args: Any, n_pseudo: int = 50, pseudo_counts: Any = None, **kwargs: Any
-    ):
+    def __init__(self, *args: Any, n_pseudo: int = 50, pseudo_counts: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         validation.check_at_least(1, n_pseudo=n_pseudo)
         start = torch.randn(n_pseudo, self.n_input)
@@ -135,7 +133,8 @@ def checked_counts(counts: Any, n_genes: int) -> Tensor:
         ) from None
     if found.ndim != 2 or found.shape[1] != n_genes or not len(found):
         raise InputError(
-            f"pseudo_counts has shape {tuple(found.shape)}, expected (pseudo cells, {n_genes} genes)"
+            f"pseudo_counts has shape {tuple(found.shape)}, expected a row for each pseudo cell "
+            f"and a column for each of the {n_genes} genes"
         )
     if not found.isfinite().all() or (found < 0).any():
         raise InputError("pseudo_counts has numbers that are negative or not finite; give counts")

@@ -30,7 +30,7 @@ class WithoutU(SCANVAE):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.u_encoder = nn.Identity()
+        self.u_encoder = nn.Identity()  # type: ignore[assignment]  # nothing asks it
         self.z_decoder = NormalNetwork(HiddenLayers(0, 0, 0, self.n_labels), self.n_latent)
 
     def p_u(self, cells: Cells) -> TorchDistribution:

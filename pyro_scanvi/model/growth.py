@@ -18,6 +18,14 @@ NOTED = "growth_rules"  # attribute of a module
 Start = Callable[[Tensor, Tensor], Tensor]
 
 
+class Rule(Protocol):
+    """How a tensor grows, on one axis or on several."""
+
+    @property
+    def axes(self) -> tuple["Growth", ...]:
+        """A rule for each axis, in turn."""
+
+
 class Coded(Protocol):
     """Whatever knows the numbers of categories of its covariates."""
 
@@ -56,6 +64,27 @@ class Growth(ABC):
     @abstractmethod
     def variables(self, vae: Sized) -> Sequence[tuple[int, int]]:
         """Number of categories, and of entries on the axis, of each variable in turn."""
+
+    @property
+    def axes(self) -> tuple["Growth", ...]:
+        """A rule for each axis that grows; this one."""
+        return (self,)
+
+
+class EachOf:
+    """Rules for several axes of one tensor, which grow in turn.
+
+    A start then sees the tensor as the rules before it left it.
+
+    Examples
+    --------
+    >>> n_batch, n_labels = 2, 3
+    >>> shift = nn.Linear(n_labels, n_batch)
+    >>> grows(shift, weight=EachOf(ByBatch(dim=0), ByLabel(dim=1)), bias=ByBatch(dim=0))
+    """
+
+    def __init__(self, *axes: Growth):
+        self.axes = axes
 
 
 class ByLabel(Growth):
@@ -100,7 +129,7 @@ def from_the_data(old: Tensor, own: Tensor) -> Tensor:
     return torch.cat([old, own[len(old) :]])
 
 
-def grows(module: nn.Module, **rules: Growth) -> None:
+def grows(module: nn.Module, **rules: Rule) -> None:
     """Say of tensors of a module how they grow, beside the line that makes them.
 
     Parameters
@@ -109,7 +138,7 @@ def grows(module: nn.Module, **rules: Growth) -> None:
         Whose parameters or buffers, such as ``self`` in ``__init__``; or whose parts, all of whose
         tensors then grow alike.
     rules
-        For each of them by name.
+        For each of them by name; :class:`EachOf` where several axes grow.
 
     Raises
     ------
@@ -130,13 +159,13 @@ def grows(module: nn.Module, **rules: Growth) -> None:
     vars(module).setdefault(NOTED, {}).update(rules)  # of the module, so that copies have it
 
 
-def told(vae: nn.Module) -> dict[str, Growth]:
+def told(vae: nn.Module) -> dict[str, Rule]:
     """What modules say of their own tensors, by name in the whole model.
 
     A module says it by :func:`grows`, or by a method ``growth()`` from names of its tensors to
     rules.
     """
-    rules: dict[str, Growth] = {}
+    rules: dict[str, Rule] = {}
     for path, module in vae.named_modules(remove_duplicate=False):
         said = dict(vars(module).get(NOTED, {}))
         if module is not vae:  # whose growth() asks this

@@ -47,7 +47,7 @@ from pyro_scanvi.model.growth import (
     ByBatch,
     ByCovariates,
     ByLabel,
-    Growth,
+    Rule,
     from_the_data,
     label_prior,
     told,
@@ -521,7 +521,7 @@ class SCANVAE(PiecewiseInterface):
 
     # ---- how it grows -----------------------------------------------------------------------
 
-    def growth(self) -> dict[str, Growth]:
+    def growth(self) -> dict[str, Rule]:
         """How parameters and buffers grow with new labels, batches and categories.
 
         By the name of a tensor, or of a part whose tensors grow alike. What follows from where a

@@ -30,7 +30,7 @@ class Freeze:
     ----------
     new
         For each tensor that grew [its axis, the positions of new categories on it], as JSON holds
-        it: these entries always move.
+        it, and so on for further axes: these entries always move.
     unfrozen
         Everything moves; the other flags are not read.
     freeze_dropout, freeze_expression, freeze_decoder_first_layer, freeze_batchnorm_encoder, \
@@ -55,7 +55,10 @@ freeze_batchnorm_decoder, freeze_classifier
 def frozen(reference: SCANVAE, vae: SCANVAE, **flags: bool) -> Freeze:
     """The freeze of `vae`, which grew out of `reference`; it is put into force."""
     places = placements(reference, vae)
-    new = {name: [place.dim, list(place.new)] for name, place in places.items()}
+    new = {
+        name: [part for place in axes for part in (place.dim, list(place.new))]
+        for name, axes in places.items()
+    }
     freeze = Freeze(new=new, **flags)
     hold(vae, freeze)
     return freeze
@@ -81,8 +84,7 @@ def trainable(vae: SCANVAE, freeze: Freeze | None) -> dict[str, Tensor]:
         learned = name in parameters or isinstance(owner, _BatchNorm)
         masks[name] = torch.full(tensor.shape, learned and owner in moving)
         if freeze is not None and name in freeze.new and name in parameters:
-            dim, positions = freeze.new[name]
-            masks[name].index_fill_(dim, torch.tensor(positions, dtype=torch.long), True)
+            _mark(masks[name], freeze.new[name])
     return masks
 
 
@@ -142,11 +144,10 @@ def state_diff(vae: SCANVAE, reference: SCANVAE, freeze: Freeze | None) -> Itera
     places, masks = placements(reference, vae), trainable(vae, freeze)
     before = reference.state_dict()
     for name, tensor in vae.state_dict().items():
-        place = places.get(name)
-        old = before[name] if place is None else place.spread(before[name])
-        new = torch.zeros(tensor.shape, dtype=torch.bool)
-        if place is not None:
-            new.index_fill_(place.dim, torch.tensor(list(place.new), dtype=torch.long), True)
+        old, new = before[name], torch.zeros(tensor.shape, dtype=torch.bool)
+        for place in places.get(name, ()):
+            old = place.spread(old)
+            _mark(new, [place.dim, list(place.new)])
         tensor, old = tensor.detach().cpu(), old.detach().cpu()
         change = torch.where(new, 0.0, (tensor.double() - old.double()).abs())
         yield {
@@ -157,6 +158,12 @@ def state_diff(vae: SCANVAE, reference: SCANVAE, freeze: Freeze | None) -> Itera
             "changed": int((_bits_differ(tensor, old) & ~new).sum()),
             "max_change": change.max().item() if tensor.numel() else 0.0,
         }
+
+
+def _mark(mask: Tensor, new: list) -> None:
+    """Put True at the positions of new categories, [axis, positions, axis, positions, ...]."""
+    for dim, positions in zip(new[::2], new[1::2], strict=True):
+        mask.index_fill_(dim, torch.tensor(positions, dtype=torch.long), True)
 
 
 def _bits_differ(a: Tensor, b: Tensor) -> Tensor:

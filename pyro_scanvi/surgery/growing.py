@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_scanvi.model.growth import Growth, Start
+from pyro_scanvi.model.growth import Growth, Rule, Start
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.validation import InputError
 
@@ -93,16 +93,16 @@ def grow(old: SCANVAE, new: SCANVAE) -> SCANVAE:
     """
     new.to(old.y_prior)
     places, own = placements(old, new), new.state_dict()
-    state = {
-        name: places[name].grown(tensor, own[name]) if name in places else tensor
-        for name, tensor in old.state_dict().items()
-    }
+    state = old.state_dict()
+    for name, axes in places.items():
+        for place in axes:
+            state[name] = place.grown(state[name], own[name])
     new.load_state_dict(state)
     return new
 
 
-def placements(old: SCANVAE, new: SCANVAE) -> dict[str, Placement]:
-    """The placement of each tensor of the state dict whose shape differs."""
+def placements(old: SCANVAE, new: SCANVAE) -> dict[str, tuple[Placement, ...]]:
+    """Of each tensor of the state dict whose shape differs, a placement for each axis that grew."""
     olds, news = old.state_dict(), new.state_dict()
     if olds.keys() != news.keys():
         differing = ", ".join(sorted(olds.keys() ^ news.keys())[:5])
@@ -123,7 +123,7 @@ def placements(old: SCANVAE, new: SCANVAE) -> dict[str, Placement]:
     return places
 
 
-def _rule(name: str, rules: Mapping[str, Growth]) -> Growth | None:
+def _rule(name: str, rules: Mapping[str, Rule]) -> Rule | None:
     """The rule of a tensor: that of the longest beginning of its name."""
     path = name.split(".")
     beginnings = (".".join(path[:n]) for n in range(len(path), 0, -1))
@@ -131,19 +131,27 @@ def _rule(name: str, rules: Mapping[str, Growth]) -> Growth | None:
 
 
 def _placed(
-    rule: Growth, old: SCANVAE, new: SCANVAE, old_tensor: Tensor, new_tensor: Tensor
-) -> Placement | None:
-    """The variables stand at the end of the axis; None where the shapes do not fit them."""
-    if rule.dim >= old_tensor.ndim:
+    rule: Rule, old: SCANVAE, new: SCANVAE, old_tensor: Tensor, new_tensor: Tensor
+) -> tuple[Placement, ...] | None:
+    """A placement for each axis of a rule; None where the shapes do not fit them."""
+    shape, places = list(old_tensor.shape), list[Placement]()
+    for axis in rule.axes:
+        place = _placed_on(axis, old, new, shape)
+        if place is None:
+            return None
+        shape[axis.dim] = place.size
+        places.append(place)
+    return tuple(places) if tuple(shape) == tuple(new_tensor.shape) else None
+
+
+def _placed_on(axis: Growth, old: SCANVAE, new: SCANVAE, shape: Sequence[int]) -> Placement | None:
+    """The variables stand at the end of the axis; None where there is no room for them."""
+    if axis.dim >= len(shape):
         return None
-    pairs = zip(rule.variables(old), rule.variables(new), strict=True)
+    pairs = zip(axis.variables(old), axis.variables(new), strict=True)
     variables = [Variable(entries, *before) for before, (_, entries) in pairs]
-    kept = old_tensor.shape[rule.dim] - sum(v.old_entries for v in variables)
-    spread = list(old_tensor.shape)
-    spread[rule.dim] = kept + sum(v.entries for v in variables)
-    if kept < 0 or tuple(spread) != tuple(new_tensor.shape):
-        return None
-    return _place_variables(rule, kept, variables)
+    kept = shape[axis.dim] - sum(v.old_entries for v in variables)
+    return None if kept < 0 else _place_variables(axis, kept, variables)
 
 
 def _place_variables(rule: Growth, kept: int, variables: Sequence[Variable]) -> Placement:

@@ -260,7 +260,7 @@ def test_a_learned_label_prior_grows():
     priors = [vae.p_y(random_cells(vae)).probs for vae in (old, new)]
     ratios = [prior[:3] / prior[0] for prior in priors]
     torch.testing.assert_close(ratios[1], ratios[0])
-    assert placements(old, new)["log_pi"].new == {3: [0, 1, 2], 4: [0, 1, 2]}
+    assert placements(old, new)["log_pi"][0].new == {3: [0, 1, 2], 4: [0, 1, 2]}
 
 
 class ByMethod(BatchShift):
