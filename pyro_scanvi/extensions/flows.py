@@ -30,9 +30,16 @@ MakeFlow = Callable[[int, int], Flow]
 class FlowDistribution(ZukoToPyro):
     """Pyro's bridge, which draws outside of a sample statement too."""
 
+    dist: Any  # a NormalizingFlow of zuko
+
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Reparameterised draws, (*sample_shape, ..., K)."""
         return self.dist.rsample(torch.Size(sample_shape))
+
+    @property
+    def centre(self) -> Tensor:
+        """Where the mean of the base comes to lie, (..., K)."""
+        return self.dist.transform.inv(self.dist.base.mean)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> "FlowDistribution":
         """Of another batch shape."""
@@ -69,7 +76,7 @@ class FlowPosterior(SCANVAE):
     .. math:: z = m(x) + s(x)\, g(\epsilon; h(x)), \quad \epsilon \sim \mathcal N(0, I)
 
     with h the hidden units of the encoder. It has no mean in closed form: cells are classified and
-    shown at the mean of 100 draws (:meth:`~pyro_scanvi.SCANVAE.latent_point`).
+    shown at the z of :math:`\epsilon = 0`. (A mean of 100 draws takes ten times as long to train.)
 
     Parameters
     ----------
@@ -94,6 +101,11 @@ class FlowPosterior(SCANVAE):
         loc, scale = self.z_encoder.heads(hidden)
         standard = FlowDistribution(self.posterior_flow(hidden))
         return TransformedDistribution(standard, [AffineTransform(loc, scale, event_dim=1)])
+
+    def latent_point(self, q_z: TorchDistribution) -> Tensor:
+        """The z of epsilon = 0, where the default's mean is, (N, K)."""
+        (units,) = q_z.transforms
+        return units(q_z.base_dist.centre)
 
 
 def identity(make: MakeFlow, n_features: int, n_context: int = 0) -> Flow:

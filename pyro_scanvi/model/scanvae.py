@@ -438,14 +438,11 @@ class SCANVAE(PiecewiseInterface):
 
         Its mean; the mean of 100 draws where it has none, as a flow.
         """
-        try:
-            return q_z.mean
-        except NotImplementedError:
-            return q_z.rsample(torch.Size([N_DRAWS_OF_A_POINT])).mean(0)
+        return mean_of(q_z)
 
     def at_shared_points(self, cells: Cells) -> Cells:
         """The cells with one value for each site that all share: the mean of its posterior."""
-        shared = {name: self.latent_point(q) for name, q in self.q_shared().items()}
+        shared = {name: mean_of(q) for name, q in self.q_shared().items()}
         return replace(cells, shared=shared) if shared else cells
 
     def observed_library(self, cells: Cells) -> Tensor | None:
@@ -553,6 +550,14 @@ def evaluated(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
+
+
+def mean_of(q: TorchDistribution) -> Tensor:
+    """Its mean; the mean of 100 draws where that has no closed form."""
+    try:
+        return q.mean
+    except NotImplementedError:
+        return q.rsample(torch.Size([N_DRAWS_OF_A_POINT])).mean(0)
 
 
 def sample_shared(shared: Mapping[str, TorchDistribution], cells: Cells) -> Cells:
