@@ -19,6 +19,15 @@ its terms, so that a known label takes the place of the sum. The bound of a mini
 over its cells, times N / n: RenyiELBO, which weighs whole minibatches, bounds no cell. Sites that
 all cells share are drawn once; their KL stays outside the logarithm: E over q(shared) of the sum
 over cells, minus KL_shared, bounds log p of the data.
+
+With the weights :math:`w_k` of that mean, Renyi's bound of a cell (Li & Turner 2016, NeurIPS, arXiv
+1602.02311) is
+
+.. math::
+
+    \frac{1}{1 - \alpha} \log \frac1K \sum_k w_k^{1 - \alpha},
+
+the weighted bound at alpha = 0, and in the limit of 1 the mean of the :math:`\log w_k`.
 """
 
 import math
@@ -46,7 +55,13 @@ from pyro_scanvi.model.objective import (
 )
 from pyro_scanvi.model.pyro_internals import Site, enumeration_dim, sites
 from pyro_scanvi.model.scanvae import SCANVAE
-from pyro_scanvi.validation import InputError, check_at_least, check_flags, make_plain
+from pyro_scanvi.validation import (
+    InputError,
+    check_at_least,
+    check_flags,
+    check_not_negative,
+    make_plain,
+)
 
 
 class ObjectiveSettings(Protocol):
@@ -159,6 +174,41 @@ class IWAE:
 
 
 @dataclass(frozen=True)
+class Renyi:
+    """Renyi's bound of each cell; see :class:`ImportanceWeightedELBO`.
+
+    Attributes
+    ----------
+    alpha
+        At least 0. At 0 the bound is that of :class:`IWAE`; at 1 it is the mean over draws, which
+        without `sum_labels` is the ELBO; above 1 it lies below that.
+    num_particles, sum_labels, weighted
+        As there.
+    """
+
+    alpha: float = 0.5
+    num_particles: int = 5
+    sum_labels: bool = True
+    weighted: Iterable[str] = WEIGHTED
+
+    def __post_init__(self) -> None:
+        make_plain(self)
+        check_not_negative(alpha=self.alpha)
+        check_at_least(1, num_particles=self.num_particles)
+        check_flags(sum_labels=self.sum_labels)
+
+    def __call__(self, vae: SCANVAE, plan: ObjectiveSettings) -> BoundModule:
+        """The loss of this model, as this plan weighs it."""
+        return ImportanceWeightedELBO(
+            **_given(vae, plan),
+            weighted=self.weighted,
+            num_particles=self.num_particles,
+            sum_labels=self.sum_labels,
+            alpha=self.alpha,
+        )(vae.model, vae.guide)
+
+
+@dataclass(frozen=True)
 class PyroLoss:
     """A loss of Pyro as it is, without classification term and KL weight.
 
@@ -225,6 +275,8 @@ class ImportanceWeightedELBO(SemiSupervisedELBO):
         :math:`\log \sum_y`, :math:`\mathbb E_{q(y \mid z_k)}[\log \cdot - \log q(y \mid z_k)]` of
         each draw, which is lower, trains the classifier on cells without a label, and is the ELBO
         at K = 1.
+    alpha
+        Of Renyi's bound; 0 is the importance-weighted one.
 
     Raises
     ------
@@ -244,10 +296,11 @@ class ImportanceWeightedELBO(SemiSupervisedELBO):
         num_particles: int = 5,
         evidence: Callable[[Cells], Tensor] | None = None,
         sum_labels: bool = True,
+        alpha: float = 0.0,
     ):
         settings = classification_ratio, feed_labels, kl_weight, (), weighted, point, num_particles
         super().__init__(classifier, *settings, evidence)
-        self.sum_labels = sum_labels
+        self.sum_labels, self.alpha = sum_labels, alpha
 
     def bound(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
         """The sum over cells, with their scales, minus the KL of what they share; a scalar."""
@@ -265,13 +318,13 @@ class ImportanceWeightedELBO(SemiSupervisedELBO):
         return self._log_mean_weight(model_trace, guide_trace, 1.0)
 
     def _log_mean_weight(self, model_trace: Trace, guide_trace: Trace, kl_weight: float) -> Tensor:
-        """Log of the mean weight of the draws of each cell, (N,)."""
+        """Log of the mean weight of the draws of each cell, or of their power mean, (N,)."""
         log_weight = self._log_joint(sites(model_trace), sites(guide_trace), kl_weight)
         if not self.sum_labels:
             log_weight = enumeration_weight(guide_trace) * log_weight
         by_draw = log_weight.reshape(-1, self.num_particles, log_weight.shape[-1])  # labels, K, N
         of_draw = by_draw.logsumexp(0) if self.sum_labels else by_draw.sum(0)
-        return of_draw.logsumexp(0) - math.log(self.num_particles)
+        return log_power_mean(of_draw, 1 - self.alpha)
 
     def _log_joint(self, p: dict[str, Site], q: dict[str, Site], kl_weight: float) -> Tensor:
         """Log p - log q of all sites of a cell, for each enumerated value, (..., N)."""
@@ -286,6 +339,19 @@ class ImportanceWeightedELBO(SemiSupervisedELBO):
             if not (self.sum_labels and enumeration_dim(site) is not None):
                 total = total - weighted(name, masked(site))
         return total
+
+
+def log_power_mean(log_weight: Tensor, power: float) -> Tensor:
+    """Logarithm of the power mean over the first dimension; at a power of 0 the geometric one.
+
+    Examples
+    --------
+    >>> log_power_mean(torch.tensor([1.0, 3.0]).log(), 1).exp()
+    tensor(2.)
+    """
+    if power == 0:
+        return log_weight.mean(0)
+    return ((power * log_weight).logsumexp(0) - math.log(len(log_weight))) / power
 
 
 def _of_cells(trace: dict[str, Site]) -> dict[str, Site]:

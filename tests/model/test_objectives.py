@@ -13,7 +13,7 @@ from pyro.infer import RenyiELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from scipy.special import logsumexp
 
-from pyro_scanvi import ELBO, IWAE, SCANVAE, InputError, PyroLoss, SemiSupervisedELBO
+from pyro_scanvi import ELBO, IWAE, SCANVAE, InputError, PyroLoss, Renyi, SemiSupervisedELBO
 from pyro_scanvi.model.objective import ObjectiveParts
 from pyro_scanvi.training.settings import Plan
 from tests.examples import SIZES, random_cells
@@ -344,7 +344,7 @@ def test_what_the_bound_cannot_weigh_is_refused(kind, message):
     assert ELBO(num_particles=2)(vae, PLAN).parts(random_cells(vae)).loss.isfinite()
 
 
-@pytest.mark.parametrize("make", [ELBO, IWAE])
+@pytest.mark.parametrize("make", [ELBO, IWAE, lambda **n: Renyi(0.5, **n)])
 @pytest.mark.parametrize("n", [0, 2.5, "many", True])
 def test_numbers_of_particles_are_checked(make, n):
     with pytest.raises(InputError, match="num_particles"):
@@ -354,6 +354,69 @@ def test_numbers_of_particles_are_checked(make, n):
 def test_flags_are_checked():
     with pytest.raises(InputError, match="sum_labels='yes', expected True or False"):
         IWAE(sum_labels="yes")
+
+
+# ---- Renyi's bound ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.3, 2.0])
+@pytest.mark.parametrize("kl_weight", [1.0, 0.3])
+def test_renyis_bound_is_the_power_mean_by_hand(play, alpha, kl_weight):
+    """Of the weights of three draws, summed over labels, as powers of numbers."""
+    vae = double_vae(**MODELS["rich"])
+    cells = random_cells(vae, "none", n_obs=100)
+    noise = table(vae, len(cells), 3)
+    play(noise)
+    bound = Renyi(alpha, 3)(vae, PLAN)
+    bound.kl_weight = kl_weight
+    parts = bound.parts(cells)
+
+    def by_hand(weight):
+        log_w = torch.stack([log_weights(vae, cells, noise, k, weight) for k in range(3)])
+        log_w = log_w.logsumexp(1)
+        shift = log_w.mean(0)
+        powers = (log_w - shift).exp() ** (1 - alpha)
+        return shift + powers.mean(0).log() / (1 - alpha)
+
+    assert_same(parts.loss, -by_hand(kl_weight).mean(), vae)
+    torch.testing.assert_close(parts.elbo(), by_hand(1.0).detach(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("sum_labels", [True, False])
+def test_renyis_bound_at_zero_is_that_of_the_weights(sum_labels):
+    vae = double_vae()
+    found, weighted = (
+        seeded(o, vae, random_cells(vae)) for o in (Renyi(0, 3, sum_labels), IWAE(3, sum_labels))
+    )
+    assert found.loss == weighted.loss and torch.equal(found.elbo(), weighted.elbo())
+
+
+@pytest.mark.parametrize("alpha, close", [(1, 1e-10), (1 - 1e-9, 1e-4), (1 + 1e-9, 1e-4)])
+def test_renyis_bound_at_one_is_the_elbo(alpha, close):
+    """Of the same draws; beside one it differs by 5e-10 of their variance, 8,000."""
+    vae = double_vae(**MODELS["rich"])
+    cells = random_cells(vae)
+    found, elbo = (
+        seeded(o, vae, cells)
+        for o in (Renyi(alpha, 3, sum_labels=False), ELBO((), num_particles=3))
+    )
+    torch.testing.assert_close(found.elbo(), elbo.elbo(), rtol=0, atol=close)
+    if alpha == 1:
+        assert_same(found.loss, elbo.loss, vae)
+
+
+def test_renyis_bound_falls_as_alpha_rises():
+    """Power means are ordered, whatever the draws."""
+    vae = double_vae()
+    cells = random_cells(vae, "none")
+    bounds = torch.stack([seeded(Renyi(a, 4), vae, cells).elbo() for a in (0, 0.5, 1, 2, 5)])
+    assert (bounds.diff(dim=0) < 0).all()
+
+
+@pytest.mark.parametrize("alpha", [-1, math.inf, math.nan, "half", True])
+def test_alpha_is_checked(alpha):
+    with pytest.raises(InputError, match="alpha"):
+        Renyi(alpha)
 
 
 # ---- losses of Pyro ---------------------------------------------------------------------------

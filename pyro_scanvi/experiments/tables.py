@@ -1,0 +1,69 @@
+"""Settings to compare, by name: rows for :func:`~.comparing.compare`.
+
+Each is a plain dict; a row of one's own is ``OPTIMISERS | {"mine": Settings(...)}``. The row
+"default" is the baseline, that of the estimator.
+"""
+
+from functools import partial
+
+from pyro.infer import TraceEnum_ELBO
+from pyro.optim.clipped_adam import ClippedAdam
+from torch.optim import SGD
+
+from pyro_scanvi.experiments.comparing import DEFAULT, Settings
+from pyro_scanvi.model.objectives import ELBO, IWAE, PyroLoss, Renyi
+
+
+def plan(**settings: object) -> Settings:
+    """A row that differs in fields of the plan."""
+    return Settings(train={"plan_kwargs": settings})
+
+
+OBJECTIVES: dict[str, Settings] = {
+    "default": DEFAULT,
+    "sampled KLs": Settings(train={"objective": ELBO(closed_form=())}),
+    "5 particles": Settings(train={"objective": ELBO(num_particles=5)}),
+    "IWAE, 5": Settings(train={"objective": IWAE(5)}),
+    "IWAE, 5, y expected": Settings(train={"objective": IWAE(5, sum_labels=False)}),
+    "Renyi 0.5, 5, y expected": Settings(train={"objective": Renyi(0.5, 5, sum_labels=False)}),
+    "TraceEnum_ELBO": Settings(train={"objective": PyroLoss(TraceEnum_ELBO(max_plate_nesting=1))}),
+}
+OPTIMISERS: dict[str, Settings] = {
+    "default": DEFAULT,
+    "Adam, lr 1e-4": plan(lr=1e-4),
+    "Adam, lr 5e-3": plan(lr=5e-3),
+    "Adam, eps 1e-8": plan(eps=1e-8),
+    "AdamW, decay 1e-2": plan(optimizer="AdamW", weight_decay=1e-2),
+    "ClippedAdam": plan(optimizer=partial(ClippedAdam, lr=1e-3)),
+    "SGD, momentum": plan(optimizer=partial(SGD, lr=1e-4, momentum=0.9), gradient_clip_norm=100.0),
+    "gradient norm 10": plan(gradient_clip_norm=10.0),
+    "plateau": plan(
+        lr=5e-3, reduce_lr_on_plateau=True, lr_scheduler_metric="elbo_train", lr_patience=3
+    ),
+}
+WARM_UPS: dict[str, Settings] = {
+    "default": DEFAULT,
+    "10 epochs": plan(n_epochs_kl_warmup=10),
+    "30 epochs": plan(n_epochs_kl_warmup=30),
+    "KL weight 0.1": plan(max_kl_weight=0.1),
+    "pretrained 10": Settings(train={"pretrain_epochs": 10}),
+}
+MINIBATCHES: dict[str, Settings] = {
+    "default": DEFAULT,
+    **{str(n): Settings(train={"batch_size": n}) for n in (32, 64, 256)},
+}
+REGULARISATION: dict[str, Settings] = {
+    "default": DEFAULT,
+    "dropout 0": Settings({"dropout_rate": 0.0}),
+    "dropout 0.1": Settings({"dropout_rate": 0.1}),
+    "no batch norm": Settings({"use_batch_norm": "none"}),
+    "batch norm in encoders": Settings({"use_batch_norm": "encoder"}),
+    "layer norm": Settings({"use_batch_norm": "none", "use_layer_norm": "both"}),
+}
+TABLES: dict[str, dict[str, Settings]] = {
+    "objectives": OBJECTIVES,
+    "optimisers": OPTIMISERS,
+    "warm-ups": WARM_UPS,
+    "minibatches": MINIBATCHES,
+    "regularisation": REGULARISATION,
+}
