@@ -21,7 +21,7 @@ from torch.nn.functional import softplus
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _STIRLING_FROM = 8.0  # from here on five terms of the series are exact in float64 to 1e-12
-_LARGEST_POISSON_RATE = 1e8  # float32 counts above 2**24 are no integers any more
+LARGEST_POISSON_RATE = 1e8  # float32 counts above 2**24 are no integers any more
 
 
 def _stirling_error(z: Tensor) -> Tensor:
@@ -171,8 +171,8 @@ class _ZeroInflatedLogProb(Function):
     @staticmethod
     def forward(ctx, base_log_prob: Tensor, gate_logits: Tensor, where: Tensor) -> Tensor:
         ctx.save_for_backward(base_log_prob, gate_logits, where)
-        finite = _finite(gate_logits)
-        at_zeros = torch.logaddexp(finite, base_log_prob) - softplus(finite)
+        logits = finite(gate_logits)
+        at_zeros = torch.logaddexp(logits, base_log_prob) - softplus(logits)
         at = base_log_prob.take(where) - softplus(gate_logits.take(where))
         return _put(at_zeros, where, at)
 
@@ -185,7 +185,7 @@ class _ZeroInflatedLogProb(Function):
         return grad * (1 - structural), grad * d_gate, None
 
 
-class _CountDistribution(TorchDistribution):
+class CountDistribution(TorchDistribution):
     """What the count distributions share: parameters of one shape, counts as support."""
 
     support = constraints.nonnegative_integer
@@ -225,7 +225,7 @@ class _CountDistribution(TorchDistribution):
         return [getattr(self, name) for name in self.arg_constraints]
 
 
-class Poisson(_CountDistribution):
+class Poisson(CountDistribution):
     r"""Poisson with rate :math:`\mu`.
 
     .. math:: p(x) = e^{-\mu} \mu^x / x!
@@ -262,10 +262,10 @@ class Poisson(_CountDistribution):
         return _PoissonLogProb.apply(value, mu, _nonzeros(value))
 
     def _sample(self, mu: Tensor) -> Tensor:
-        return torch.poisson(mu.clamp(max=_LARGEST_POISSON_RATE))
+        return torch.poisson(mu.clamp(max=LARGEST_POISSON_RATE))
 
 
-class NegativeBinomial(_CountDistribution):
+class NegativeBinomial(CountDistribution):
     r"""Negative binomial by mean and inverse dispersion: a Gamma mixture of Poissons.
 
     .. math::
@@ -304,15 +304,15 @@ class NegativeBinomial(_CountDistribution):
         return self.mu + self.mu * (self.mu / self.theta)
 
     def _log_prob(self, value: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
-        return _NegativeBinomialLogProb.apply(value, mu, _finite(theta), _nonzeros(value))
+        return _NegativeBinomialLogProb.apply(value, mu, finite(theta), _nonzeros(value))
 
     def _sample(self, mu: Tensor, theta: Tensor) -> Tensor:
-        theta = _finite(theta)
+        theta = finite(theta)
         rate = torch._standard_gamma(theta) * (mu / theta)
-        return torch.poisson(rate.clamp(max=_LARGEST_POISSON_RATE))
+        return torch.poisson(rate.clamp(max=LARGEST_POISSON_RATE))
 
 
-class ZeroInflatedNegativeBinomial(_CountDistribution):
+class ZeroInflatedNegativeBinomial(CountDistribution):
     r"""Negative binomial that a gate closes, to an exact zero, with probability :math:`\pi`.
 
     .. math:: p(x) = \pi\,[x=0] + (1-\pi)\,\mathrm{NB}(x;\mu,\theta), \quad
@@ -372,7 +372,7 @@ class ZeroInflatedNegativeBinomial(_CountDistribution):
 
     def _log_prob(self, value: Tensor, mu: Tensor, theta: Tensor, gate_logits: Tensor) -> Tensor:
         where = _nonzeros(value)
-        base = _NegativeBinomialLogProb.apply(value, mu, _finite(theta), where)
+        base = _NegativeBinomialLogProb.apply(value, mu, finite(theta), where)
         return _ZeroInflatedLogProb.apply(base, gate_logits, where)
 
     def _sample(self, mu: Tensor, theta: Tensor, gate_logits: Tensor) -> Tensor:
@@ -380,6 +380,6 @@ class ZeroInflatedNegativeBinomial(_CountDistribution):
         return counts * torch.bernoulli(torch.sigmoid(-gate_logits))
 
 
-def _finite(parameter: Tensor) -> Tensor:
+def finite(parameter: Tensor) -> Tensor:
     """Keep a parameter where its products are finite; its limit is reached long before."""
     return parameter.clamp(max=math.sqrt(torch.finfo(parameter.dtype).max))

@@ -15,7 +15,7 @@ from torch.distributions import Distribution, Gamma
 
 from pyro_scanvi.model.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pyro_scanvi.model.growth import ByBatch, ByCovariates, ByLabel, grows
-from pyro_scanvi.model.networks import CountDecoder, Head
+from pyro_scanvi.model.networks import Head
 from pyro_scanvi.model.pyro_internals import elements
 
 
@@ -36,19 +36,19 @@ class CountParameters:
 
     def __init__(
         self,
-        decoder: CountDecoder,
-        hidden: Tensor,
         library: Tensor,
+        expression: Callable[[], Tensor],
         log_theta: Callable[[], Tensor],
+        gate_logits: Callable[[], Tensor],
     ):
-        self._decoder = decoder
-        self._hidden = hidden
-        self._log_theta = log_theta
         self._library = library
+        self._expression = expression
+        self._log_theta = log_theta
+        self._gate_logits = gate_logits
 
     @cached_property
     def rho(self) -> Tensor:
-        return self._decoder.expression(self._hidden)
+        return self._expression()
 
     @cached_property
     def mu(self) -> Tensor:
@@ -60,7 +60,7 @@ class CountParameters:
 
     @cached_property
     def gate_logits(self) -> Tensor:
-        return self._decoder.gate(self._hidden)
+        return self._gate_logits()
 
 
 def _mean(p: Distribution) -> dict[str, Tensor]:

@@ -174,10 +174,15 @@ class NormalNetwork(nn.Module):
         """(..., N, n_in) to loc and scale, each (..., N, n_out)."""
         return self.heads(self.hidden(x, covariates))
 
-    def heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """From the hidden units (..., N, n), which further heads may read, to loc and scale."""
+    def heads(
+        self, hidden: Tensor, mean: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """From the hidden units (..., N, n), which further heads may read, to loc and scale.
+
+        `mean` may stand in for that head.
+        """
         variance = self.var_activation(self.variance(hidden)) + self.var_eps
-        return self.mean(hidden), variance.sqrt()
+        return (mean or self.mean)(hidden), variance.sqrt()
 
     def input_layers(self) -> list[nn.Module]:
         """The linear layers that read the input."""
@@ -211,6 +216,16 @@ class CountDecoder(nn.Module):
         self.expression = nn.Sequential(Head(hidden.n_out, n_genes), expression_activation)
         if gate:
             self.gate = Head(hidden.n_out, n_genes)
+
+    @property
+    def logits(self) -> nn.Module:
+        """The head of expression, before its activation."""
+        return self.expression[0]
+
+    @property
+    def activation(self) -> nn.Module:
+        """From these logits to expression."""
+        return self.expression[1]
 
     def forward(self, z: Tensor, covariates: Tensor | None = None) -> Tensor:
         """(..., N, n_latent) to the hidden units that `expression` and `gate` read."""

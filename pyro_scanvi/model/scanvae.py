@@ -364,14 +364,36 @@ class SCANVAE(PiecewiseInterface):
         self, z: Tensor, library: Tensor, y: Tensor, cells: Cells
     ) -> CountParameters:
         """rho, mu = l * rho, theta and gate logits of each gene, (..., N, G)."""
+        hidden = self.decode_hidden(z, cells)
+        return CountParameters(
+            library,
+            expression=lambda: self.decode_expression(hidden, cells),
+            log_theta=lambda: self.decode_log_theta(hidden, y, cells),
+            gate_logits=lambda: self.decode_gate(hidden, cells),
+        )
+
+    # Steps of the decoder, each to be changed by itself: what one of them adds the others keep.
+
+    def decode_hidden(self, z: Tensor, cells: Cells) -> Tensor:
+        """What z, batch and covariates come to before the heads, (..., N, H)."""
         features = self.covariates.dense(self.state(z), cells.batch, cells.continuous)
-        one_hots = self.covariates.one_hot(cells.batch, cells.categorical)
-        hidden = self.x_decoder(features, one_hots)
+        return self.x_decoder(features, self.covariates.one_hot(cells.batch, cells.categorical))
 
-        def log_theta() -> Tensor:
-            return self.dispersion(hidden, y, cells.batch)
+    def decode_logits(self, hidden: Tensor, cells: Cells) -> Tensor:
+        """Expression before its activation, linear in `hidden`, (..., N, G)."""
+        return self.x_decoder.logits(hidden)
 
-        return CountParameters(self.x_decoder, hidden, library, log_theta)
+    def decode_expression(self, hidden: Tensor, cells: Cells) -> Tensor:
+        """rho: proportions, or with a size factor positive numbers, (..., N, G)."""
+        return self.x_decoder.activation(self.decode_logits(hidden, cells))
+
+    def decode_log_theta(self, hidden: Tensor, y: Tensor, cells: Cells) -> Tensor:
+        """Log of the inverse dispersion, broadcastable to (..., N, G)."""
+        return self.dispersion(hidden, y, cells.batch)
+
+    def decode_gate(self, hidden: Tensor, cells: Cells) -> Tensor:
+        """Log odds of a structural zero, (..., N, G)."""
+        return self.x_decoder.gate(hidden)
 
     # ---- the guide: q(z | x, s, c) q(y | z) q(u | z, y) q(l | x, s, c) -----------------------
 

@@ -489,7 +489,7 @@ class PiecewiseInterface(nn.Module):
                 f"{(~cells.labelled).sum()} cells have no label in y, but the dispersion belongs "
                 "to a label; give the label of each cell"
             )
-        return cells
+        return self.at_shared_points(cells)
 
     def _given_latents(self, cells: Cells, outputs: Mapping[str, Any]) -> "_Given":
         """z, and l where it is latent, with their posteriors."""
