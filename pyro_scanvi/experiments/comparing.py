@@ -1,6 +1,6 @@
 """Settings trained over several seeds on the same cells and hidden labels, and their scores."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,11 @@ NOT_YET = {"max_epochs": 0, "pretrain_epochs": 0}
 OF_FILES = ("checkpoint_dir", "ckpt_path")
 
 
+def as_it_is(adata: ad.AnnData, seed: int) -> Mapping[str, Any]:
+    """Nothing more is told of the cells."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Settings:
     """One row of a comparison.
@@ -35,14 +40,20 @@ class Settings:
     train
         Arguments of :meth:`~pyro_scanvi.SCANVI.train`; ``plan_kwargs`` and ``trainer_kwargs`` are
         merged with the common ones, key by key.
+    prepare
+        What is told of the cells: called with the copy of the cells to train on, labels hidden in
+        ``obs[GIVEN]``, and the seed; may add to the copy, and returns further arguments of
+        ``SCANVI.setup_anndata``. It is not merged.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[ad.AnnData, int], Mapping[str, Any]] = as_it_is
 
     def over(self, common: "Settings") -> "Settings":
         """These settings, and what they leave open as in the common ones."""
-        return Settings(_merged(common.model, self.model), _merged(common.train, self.train))
+        model, train = _merged(common.model, self.model), _merged(common.train, self.train)
+        return Settings(model, train, self.prepare)
 
 
 DEFAULT = Settings()
@@ -83,6 +94,9 @@ class Trial:
         )
 
 
+Score = Callable[[Trial, SCANVI], Iterable[tuple[str, float]]]
+
+
 def compare(
     settings: Mapping[str, Settings],
     adata: ad.AnnData,
@@ -94,6 +108,7 @@ def compare(
     common: Settings = DEFAULT,
     setup: Mapping[str, Any] | None = None,
     n_mc_samples: int = 50,
+    score: Score = Trial.scores,
     progress_bar: bool = True,
 ) -> pd.DataFrame:
     """Train each setting with each seed, and score it.
@@ -122,6 +137,8 @@ def compare(
         Further arguments of ``SCANVI.setup_anndata``, such as ``{"batch_key": "batch"}``.
     n_mc_samples
         Draws of the marginal likelihood.
+    score
+        From a trial and its trained model to names and values of metrics.
     progress_bar
         Show one.
 
@@ -144,11 +161,11 @@ def compare(
     _check_data(adata, truth, held_out)
     merged = {name: s.over(common) for name, s in _checked(settings).items()}
     make = _Trials(adata, truth, n_per_label, held_out, dict(setup or {}), n_mc_samples)
-    _try(merged, make(seeds[0]))
+    _try(merged, make, seeds[0])
     runs = [(seed, name) for seed in seeds for name in merged]
     for seed, name in tracked(runs, len(runs), "training", progress_bar):
         with apart(seed):
-            for metric, value in _measured(make(seed), merged[name]):
+            for metric, value in _measured(make(seed, merged[name]), merged[name], score):
                 rows.append({"seed": seed, "setting": name, "metric": metric, "value": value})
     return tidy(rows)
 
@@ -181,7 +198,7 @@ class _Trials:
     setup: Mapping[str, Any]
     n_mc_samples: int
 
-    def __call__(self, seed: int) -> Trial:
+    def __call__(self, seed: int, settings: Settings) -> Trial:
         n_cells = self.adata.n_obs
         order = np.random.default_rng(seed).permutation(n_cells)
         n_held = max(1, round(self.held_out * n_cells))
@@ -191,24 +208,26 @@ class _Trials:
             training.obs[self.truth], self.n_per_label, seed, hidden=HIDDEN
         )
         out.obs[GIVEN] = HIDDEN
-        SCANVI.setup_anndata(training, GIVEN, HIDDEN, **self.setup)
+        told = {**self.setup, **settings.prepare(training, seed)}
+        SCANVI.setup_anndata(training, GIVEN, HIDDEN, **told)
         return Trial(seed, training, out, self.truth, self.n_mc_samples)
 
 
-def _measured(trial: Trial, settings: Settings) -> Iterator[tuple[str, float]]:
+def _measured(trial: Trial, settings: Settings, score: Score) -> Iterator[tuple[str, float]]:
     model = trial.model(settings)
     now = clock(model.module.y_prior.device)
     trial.train(model, settings)
     seconds = now()
-    yield from trial.scores(model)
+    yield from score(trial, model)
     yield "seconds", seconds
 
 
-def _try(settings: Mapping[str, Settings], trial: Trial) -> None:
+def _try(settings: Mapping[str, Settings], make: "_Trials", seed: int) -> None:
     """Make each model, and train it for no epoch; an error says which setting it is of."""
     for name, one in settings.items():
         try:
             with apart(0):
+                trial = make(seed, one)
                 trial.train(trial.model(one), Settings(one.model, {**one.train, **NOT_YET}))
         except (TypeError, ValueError) as error:
             error.add_note(f"setting {name!r}; nothing was trained yet")
