@@ -22,6 +22,7 @@ from pyro_scanvi.extensions.label_priors import (
     FrequenciesOfBatch,
     LearnedFrequencies,
 )
+from pyro_scanvi.extensions.markers import marker_labels
 from pyro_scanvi.extensions.modalities import Proteins
 from pyro_scanvi.extensions.posteriors import FullCovariancePosterior, LowRankPosterior
 from pyro_scanvi.extensions.priors import MixturePrior, VampPrior
@@ -45,5 +46,6 @@ __all__ = [
     "VampPrior",
     "WithoutU",
     "generalised_poisson",
+    "marker_labels",
     "poisson_lognormal",
 ]
