@@ -98,6 +98,12 @@ class LabelSources:
         )
 
     @property
+    def sets(self) -> Sets:
+        """All sets of labels that have a name, and the labels in each."""
+        coarse = dict(zip(self.coarse_names, self.coarse_members, strict=True))
+        return coarse | dict(zip(self.set_names, self.set_members, strict=True))
+
+    @property
     def refines(self) -> bool:
         """Whether a cell may be known by more than one exact label."""
         return bool(self.set_names or self.coarse_key or self.soft_key)

@@ -7,6 +7,7 @@ and the classifier follows them. What it takes are a few cells that are surely o
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -111,12 +112,16 @@ def marker_scores(
 
     def score(genes: list[str]) -> np.ndarray:
         chosen = counts[:, names.get_indexer(genes)]
-        dense = chosen.toarray() if issparse(chosen) else np.asarray(chosen)
-        logs = np.log1p(COMMON_TOTAL * dense / totals)
+        logs = np.log1p(COMMON_TOTAL * dense(chosen) / totals)
         spread = logs.std(0)
         return ((logs - logs.mean(0)) / np.where(spread > 0, spread, 1)).mean(1)
 
     return pd.DataFrame({name: score(genes) for name, genes in markers.items()})
+
+
+def dense(counts: Any) -> np.ndarray:
+    """The same as an array."""
+    return counts.toarray() if issparse(counts) else np.asarray(counts)
 
 
 def _checked(markers: Mapping[str, Iterable[str]], known: pd.Index) -> dict[str, list[str]]:

@@ -1,6 +1,6 @@
 """Which label has a cell? The classifier's answer, or that of Bayes' rule."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -14,7 +14,15 @@ from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import minibatch_size, over_minibatches, seeded
 from pyro_scanvi.posterior.importance import label_posterior
 from pyro_scanvi.posterior.trained import Trained
-from pyro_scanvi.validation import check_at_least, look_up, plain_arguments
+from pyro_scanvi.validation import (
+    InputError,
+    check_at_least,
+    is_number,
+    look_up,
+    plain_arguments,
+)
+
+ROUNDING = 1e-6  # of a sum of probabilities in float32
 
 
 class Labels(Trained):
@@ -32,6 +40,8 @@ class Labels(Trained):
         keep_observed: bool = False,
         n_mc_samples: int = 100,
         seed: int | None = None,
+        *,
+        confidence: float | None = None,
     ) -> np.ndarray | pd.DataFrame:
         """Label of each cell, by the classifier or by Bayes' rule.
 
@@ -59,21 +69,28 @@ class Labels(Trained):
             Draws of z for each cell; read by "bayes".
         seed
             Of what is drawn; None draws on from torch's generator.
+        confidence
+            Answer with the smallest of the labels, and of the sets of labels that were set up
+            (``label_sets``, ``label_parents``, ``coarse_labels_key``), that has this probability at
+            least: the parent where the leaf is unsure. Where none has, with the unlabelled
+            category. The probabilities are the model's, which may be overconfident.
 
         Returns
         -------
         ndarray or DataFrame
-            Labels, (N,); with `soft` probabilities, (N, L).
+            Labels or names of sets, (N,); with `soft` probabilities, (N, L).
 
         Raises
         ------
         InputError
             If the AnnData is not what the model was set up with; for an unknown method, a number
-            of draws below 1, or a negative seed. Bayes' rule refuses a ``model`` or ``guide`` of
+            of draws below 1, a negative seed, or a confidence that is no share or comes with
+            `soft`. Bayes' rule refuses a ``model`` or ``guide`` of
             one's own with a site that cannot be weighed, or without a y
             (:mod:`pyro_scanvi.posterior.traces`).
         """
         check_at_least(1, n_mc_samples=n_mc_samples)
+        check_confidence(confidence, soft)
         methods: dict[str, Method] = {
             "classifier": ByClassifier(use_posterior_mean, keep_observed),
             "bayes": ByBayesRule(n_mc_samples, keep_observed),
@@ -85,7 +102,66 @@ class Labels(Trained):
             probabilities = ask(self.module, data, minibatch_size(batch_size))
         if soft:
             return pd.DataFrame(probabilities, index=names, columns=self.fields.classes)
+        if confidence is not None:
+            sets, unsure = self.fields.sources.sets, self.fields.unlabeled_category
+            return partial_answers(probabilities, self.fields.classes, sets, confidence, unsure)
         return self.fields.classes[probabilities.argmax(1)]
+
+
+def partial_answers(
+    probabilities: np.ndarray,
+    classes: Iterable,
+    sets: Mapping[str, Sequence[str]],
+    confidence: float,
+    unsure: str,
+) -> np.ndarray:
+    """The smallest label or set of labels of each cell that has a probability.
+
+    Of sets of one size it is the more probable one.
+
+    Parameters
+    ----------
+    probabilities
+        Of each label, (N, L).
+    classes
+        The labels, L.
+    sets
+        The labels in each set, by its name.
+    confidence
+        The probability.
+    unsure
+        The answer where nothing has it.
+
+    Returns
+    -------
+    ndarray
+        Names, (N,).
+
+    Examples
+    --------
+    >>> p = np.array([[0.9, 0.1, 0.0], [0.5, 0.4, 0.1], [0.4, 0.1, 0.5]])
+    >>> partial_answers(p, ["CD4", "CD8", "B"], {"T": ["CD4", "CD8"]}, 0.9, "Unknown")
+    array(['CD4', 'T', 'Unknown'], dtype=object)
+    """
+    leaves = [str(name) for name in classes]
+    members = np.vstack([np.eye(len(leaves)), *(np.isin(leaves, sets[name]) for name in sets)])
+    names = np.array([*leaves, *sets, unsure], dtype=object)
+    of_sets = probabilities.astype(float) @ members.T  # cells by labels and sets
+    # Sizes differ by 1 at least, and probabilities by less than 2.
+    cost = 2 * members.sum(1) - of_sets
+    sure = of_sets >= confidence - ROUNDING
+    best = np.where(sure, cost, np.inf).argmin(1)
+    return names[np.where(sure.any(1), best, len(names) - 1)]
+
+
+def check_confidence(confidence: float | None, soft: bool) -> None:
+    """Refuse what is no probability, and an answer of two kinds."""
+    if confidence is None:
+        return
+    if not (is_number(confidence) and 0 < confidence <= 1):
+        raise InputError(f"confidence={confidence!r}, expected a probability, such as 0.9")
+    if soft:
+        raise InputError("soft=True gives probabilities and confidence= names; ask for one of them")
 
 
 class Method(Protocol):

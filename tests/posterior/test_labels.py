@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.examples import as_they_are, simulated, small_model
+from pyro_scanvi import SCANVI, InputError
+from pyro_scanvi.posterior.labels import partial_answers
+from tests.examples import SMALL, as_they_are, simulated, small_model
 from tests.posterior.examples import by_bayes
 
 
@@ -73,3 +75,52 @@ def test_cells_without_a_column_of_labels_have_none_to_keep(model):
     pd.testing.assert_frame_equal(
         model.predict(new, soft=True, keep_observed=True), model.predict(soft=True)
     )
+
+
+def smallest_by_hand(p, sets, confidence):
+    """One cell, in words: the smallest that is sure, of two alike the surer."""
+    sure = [(len(s), -sum(p[c] for c in s), n) for n, s in sets.items()]
+    sure = [entry for entry in sure if -entry[1] >= confidence]
+    return min(sure)[2] if sure else "Unknown"
+
+
+def test_where_the_leaf_is_unsure_the_answer_is_its_parent():
+    """Against a search by hand, for probabilities that make every level the answer."""
+    leaves = ["B", "NK", "T"]
+    sets = {"lymphoid": ("NK", "T"), "innate": ("B", "NK"), "blood": ("B", "NK", "T")}
+    p = np.random.default_rng(0).dirichlet(np.full(3, 0.4), size=300)
+    answers = partial_answers(p, leaves, sets, 0.8, "Unknown")
+    every = {name: (name,) for name in leaves} | sets
+    wanted = [
+        smallest_by_hand(dict(zip(leaves, row, strict=True)), every, 0.8) for row in p.tolist()
+    ]
+    assert answers.tolist() == wanted
+    assert set(every) == set(wanted)  # the largest set holds all, so nobody is unknown
+    unsure = partial_answers(p, leaves, {}, 0.8, "Unknown")
+    assert ((unsure == "Unknown") == (p.max(1) < 0.8)).all()
+
+
+def test_partial_answers_are_those_of_the_sets_that_were_set_up():
+    adata = simulated()
+    tree = {"NK": "lymphoid", "T": "lymphoid"}
+    SCANVI.setup_anndata(adata, "cell_type", "Unknown", label_parents=tree)
+    model = as_they_are(SCANVI(adata, seed=0, **SMALL))
+    soft = model.predict(soft=True)
+    confidence = float(soft.max(axis=1).median())
+    answers = model.predict(confidence=confidence)
+    sure = soft.max(axis=1) >= confidence
+    assert (answers[sure] == soft.idxmax(axis=1)[sure]).all()
+    pairs = soft[["NK", "T"]].sum(axis=1) >= confidence
+    assert (answers[~sure & pairs] == "lymphoid").all()
+    assert (answers[~sure & ~pairs] == "Unknown").all()
+
+
+@pytest.mark.parametrize("changes", [{"confidence": 0}, {"confidence": 1.5}, {"confidence": "a"}])
+def test_a_confidence_is_a_probability(model, changes):
+    with pytest.raises(InputError, match="expected a probability"):
+        model.predict(**changes)
+
+
+def test_names_and_probabilities_are_not_asked_at_once(model):
+    with pytest.raises(InputError, match="one of them"):
+        model.predict(soft=True, confidence=0.9)
