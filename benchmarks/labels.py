@@ -30,16 +30,15 @@ from pyro_scanvi.model.label_noise import FixedNoise
 
 REDRAWN = 0.4
 CONFIDENCE = 0.9
-PARENTS_OF_DEMO = dict.fromkeys(
-    (
-        "CD4+/CD25 T Reg",
-        "CD4+/CD45RA+/CD25- Naive T",
-        "CD4+/CD45RO+ Memory",
-        "CD8+ Cytotoxic T",
-        "CD8+/CD45RA+ Naive Cytotoxic",
-    ),
-    "T cell",
-) | {"CD14+ Monocyte": "Myeloid", "Dendritic": "Myeloid"}
+PARENTS_OF_DEMO = {
+    "CD4+/CD25 T Reg": "T cell",
+    "CD4+/CD45RA+/CD25- Naive T": "T cell",
+    "CD4+/CD45RO+ Memory": "T cell",
+    "CD8+ Cytotoxic T": "T cell",
+    "CD8+/CD45RA+ Naive Cytotoxic": "T cell",
+    "CD14+ Monocyte": "Myeloid",
+    "Dendritic": "Myeloid",
+}
 
 
 @dataclass(frozen=True)
