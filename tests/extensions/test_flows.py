@@ -37,7 +37,8 @@ class Flows(FlowPrior, FlowPosterior, LearnedFrequencies):
 
 def test_they_are_models():
     affine = partial(MAF, transforms=1, hidden_features=(8,))
-    check_model(Flows, prior_flow=affine, posterior_flow=coupled, encode_covariates=True)
+    flows = {"prior_flow": affine, "posterior_flow": coupled}
+    check_model(Flows, encode_covariates=True, use_observed_lib_size=True, **flows)
 
 
 def test_new_flows_are_the_default():

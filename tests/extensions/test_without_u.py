@@ -26,7 +26,7 @@ def vae():
 
 
 def test_it_is_a_model():
-    check_model(WithoutU, dispersion="gene-label")
+    check_model(WithoutU, dispersion="gene-label", use_observed_lib_size=True)
 
 
 def test_nothing_of_u_is_left(vae):
