@@ -6,7 +6,7 @@ import torch
 from scipy.special import logsumexp
 from scipy.stats import norm
 
-from pyro_scanvi import SCANVAE, SemiSupervisedELBO
+from pyro_scanvi import SCANVAE, InputError, SemiSupervisedELBO
 from pyro_scanvi.extensions import WithoutU
 from pyro_scanvi.posterior.importance import log_joint, log_state_density
 from pyro_scanvi.testing import check_model
@@ -81,3 +81,8 @@ def test_bayes_rule_is_the_integral_over_states(vae):
     np.testing.assert_allclose(log_p.softmax(-1), posterior, atol=0.02)
     np.testing.assert_allclose(log_p, exact, atol=0.1)
     assert np.ptp(exact, axis=1).max() > 0.3  # the types differ
+
+
+def test_scvi_tools_has_no_place_for_it(vae):
+    with pytest.raises(InputError, match="networks of u"):
+        vae.to_scvi_tools()
