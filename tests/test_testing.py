@@ -46,6 +46,11 @@ def test_right_classes_pass_what_is_asked_of_traces(kind, cells):
         check(Subject(cells, kind))
 
 
+def test_a_guide_without_a_mean_is_saved(cells):
+    """What is classified at a mean of draws is compared at the same draws."""
+    testing.it_is_saved(Subject(cells, FlowGuide))
+
+
 def negative_binomial(p):
     return NegativeBinomial(p.mu, p.theta)
 

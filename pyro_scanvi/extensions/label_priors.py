@@ -22,6 +22,8 @@ from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.growth import ByBatch, ByLabel, EachOf, grown_label_prior, grows
 from pyro_scanvi.model.scanvae import SCANVAE
 
+PACE = 10.0  # a few frequencies may move faster than networks: so many times the learning rate
+START_CELLS = 1000.0  # that the posterior of pi starts from; of few its draws would be noisy
 START_SCALE = 0.1  # of the posterior of a batch's shift, as a share of its prior's
 
 
@@ -41,13 +43,17 @@ class LearnedFrequencies(SCANVAE):
         super().__init__(*args, **kwargs)
         validation.check_flags(labelled_teach=labelled_teach)
         self.labelled_teach = labelled_teach
-        self.pi_logits = nn.Parameter(self.y_prior.log())
+        self.pi_logits = nn.Parameter(self.y_prior.log() / PACE)
         grows(self, pi_logits=ByLabel(dim=0, start=logits_with_new_labels))
+
+    @property
+    def frequencies(self) -> Tensor:
+        """pi, (L,)."""
+        return (PACE * self.pi_logits).softmax(-1)
 
     def p_y(self, cells: Cells) -> TorchDistribution:
         """Categorical(pi); batch () or (N,), event (L,)."""
-        logits = taught(self.pi_logits, cells, self.labelled_teach)
-        return OneHotCategorical(logits=logits)
+        return OneHotCategorical(taught(self.frequencies, cells, self.labelled_teach))
 
 
 class DirichletFrequencies(SCANVAE):
@@ -86,9 +92,15 @@ class DirichletFrequencies(SCANVAE):
         validation.check_positive(concentration=concentration)
         validation.check_flags(labelled_teach=labelled_teach)
         self.concentration, self.labelled_teach = concentration, labelled_teach
-        self.pi_logits = nn.Parameter(self.y_prior.log())
-        self.pi_log_total = nn.Parameter(torch.tensor(concentration * self.n_labels).log())
+        self.pi_logits = nn.Parameter(self.y_prior.log() / PACE)
+        total = torch.tensor(concentration * self.n_labels + START_CELLS)
+        self.pi_log_total = nn.Parameter(total.log() / PACE)
         grows(self, pi_logits=ByLabel(dim=0, start=logits_with_new_labels))
+
+    @property
+    def frequencies(self) -> Tensor:
+        """The mean of q(pi), (L,)."""
+        return (PACE * self.pi_logits).softmax(-1)
 
     def p_shared(self) -> dict[str, TorchDistribution]:
         """The prior of pi, beside what else is shared."""
@@ -97,8 +109,8 @@ class DirichletFrequencies(SCANVAE):
 
     def q_shared(self) -> dict[str, TorchDistribution]:
         """The posterior of pi, beside what else is shared."""
-        posterior = self.pi_log_total.exp() * self.pi_logits.softmax(-1)
-        return super().q_shared() | {"pi": Dirichlet(posterior)}
+        total = (PACE * self.pi_log_total).exp()
+        return super().q_shared() | {"pi": Dirichlet(total * self.frequencies)}
 
     def p_y(self, cells: Cells) -> TorchDistribution:
         """Categorical(pi); batch () or (..., N), event (L,)."""
@@ -139,6 +151,11 @@ class FrequenciesOfBatch(LearnedFrequencies):
         rule = EachOf(ByBatch(dim=0), ByLabel(dim=1))
         grows(self, shift_mean=rule, shift_log_scale=rule)
 
+    @property
+    def frequencies(self) -> Tensor:
+        """pi of each batch at the mean of its shift, (B, L)."""
+        return (PACE * (self.pi_logits + self.shift_mean)).softmax(-1)
+
     def p_shared(self) -> dict[str, TorchDistribution]:
         """The prior of the shifts, beside what else is shared."""
         zeros = torch.zeros_like(self.shift_mean)
@@ -146,7 +163,7 @@ class FrequenciesOfBatch(LearnedFrequencies):
 
     def q_shared(self) -> dict[str, TorchDistribution]:
         """The posterior of the shifts, beside what else is shared."""
-        posterior = Normal(self.shift_mean, self.shift_log_scale.exp()).to_event(2)
+        posterior = Normal(PACE * self.shift_mean, self.shift_log_scale.exp()).to_event(2)
         return super().q_shared() | {"batch_shift": posterior}
 
     def p_y(self, cells: Cells) -> TorchDistribution:
@@ -154,8 +171,8 @@ class FrequenciesOfBatch(LearnedFrequencies):
         shift = cells.shared["batch_shift"][..., cells.batch, :]
         if shift.ndim > 2:  # draws, and a dimension in the place of the cells
             shift = shift.squeeze(-3)
-        logits = taught(self.pi_logits + shift, cells, self.labelled_teach)
-        return OneHotCategorical(logits=logits)
+        pi = (PACE * self.pi_logits + shift).softmax(-1)
+        return OneHotCategorical(taught(pi, cells, self.labelled_teach))
 
 
 def taught(frequencies: Tensor, cells: Cells, by_labelled: bool) -> Tensor:
@@ -170,4 +187,4 @@ def taught(frequencies: Tensor, cells: Cells, by_labelled: bool) -> Tensor:
 
 def logits_with_new_labels(old: Tensor, own: Tensor) -> Tensor:
     """A start: a new label gets 1 / L', and the old ones keep their ratios."""
-    return grown_label_prior(old.softmax(-1), len(own)).log()
+    return grown_label_prior((PACE * old).softmax(-1), len(own)).log() / PACE

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.networks import HiddenLayers, NormalNetwork
 from pyro_scanvi.model.scanvae import SCANVAE
+from pyro_scanvi.validation import InputError
 
 
 class WithoutU(SCANVAE):
@@ -41,3 +42,7 @@ class WithoutU(SCANVAE):
     def q_u(self, z: Tensor, y: Tensor, cells: Cells) -> TorchDistribution:
         """The same; batch () event (0,)."""
         return self.p_u(cells)
+
+    def to_scvi_tools(self) -> dict[str, Tensor]:
+        """Refused by InputError: the SCANVAE of scvi-tools has a u."""
+        raise InputError("SCANVAE of scvi-tools has networks of u, which a model without u has not")

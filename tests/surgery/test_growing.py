@@ -9,7 +9,7 @@ from pyro.distributions import OneHotCategorical
 from torch import nn
 
 from pyro_scanvi import SCANVAE, InputError
-from pyro_scanvi.model.growth import ByBatch, ByLabel, from_the_data, grows, told
+from pyro_scanvi.model.growth import ByBatch, ByLabel, EachOf, from_the_data, grows, told
 from pyro_scanvi.surgery.growing import placements
 from tests.estimator.test_extension import LearnedMixture
 from tests.examples import SIZES, enlarged, random_cells, small_vae
@@ -293,6 +293,36 @@ def test_a_rule_beside_the_parameter_is_as_good_as_one_in_the_table():
     new = enlarged(old, sizes_of(3, [3], 4))
     assert new.shift.tolist() == [1, 3, 2]
     torch.testing.assert_close(new.inner.weight[3], old.inner.weight.mean(0))
+
+
+class BatchPi(SCANVAE):
+    """Label frequencies of each batch: a matrix whose two axes grow."""
+
+    def __init__(self, *args, rule=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        shape = self.n_batch, self.n_labels
+        self.log_pi = nn.Parameter(torch.arange(float(self.n_batch * self.n_labels)).reshape(shape))
+        grows(self, log_pi=rule or EachOf(ByBatch(dim=0), ByLabel(dim=1)))
+
+    def p_y(self, cells):
+        return OneHotCategorical(logits=self.log_pi[cells.batch])
+
+
+@pytest.mark.parametrize("rule", [None, EachOf(ByLabel(dim=1), ByBatch(dim=0))])
+def test_a_tensor_grows_on_two_axes(rule):
+    old = BatchPi(**sizes_of(2, [], 3), rule=rule)
+    new = enlarged(old, sizes_of(3, [], 4) | {"rule": rule})
+    expected = [[0.0, 1, 2, 1], [3, 4, 5, 4], [1.5, 2.5, 3.5, 2.5]]
+    assert new.log_pi.tolist() == expected
+    only_labels = enlarged(old, sizes_of(2, [], 4) | {"rule": rule})
+    assert only_labels.log_pi.tolist() == [row[:4] for row in expected[:2]]
+
+
+@pytest.mark.parametrize("rule", [ByBatch(dim=0), EachOf(ByLabel(dim=1))])
+def test_rules_that_miss_an_axis_are_refused(rule):
+    old = BatchPi(**sizes_of(2, [], 3), rule=rule)
+    with pytest.raises(InputError, match=r"log_pi has shape \(2, 3\).* and \(3, 4\)"):
+        enlarged(old, sizes_of(3, [], 4) | {"rule": rule})
 
 
 def test_a_rule_of_nothing_is_refused():

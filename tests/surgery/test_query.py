@@ -16,7 +16,7 @@ from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.data.minibatches import library_prior
 from pyro_scanvi.storage import models
 from tests.examples import SMALL, as_they_are, simulated
-from tests.surgery.test_growing import BatchShift, LearnedPi
+from tests.surgery.test_growing import BatchPi, BatchShift, LearnedPi
 
 PROFILES = np.random.default_rng(7).normal(size=(4, 20))
 KINDS = np.array(["B", "NK", "T", "New"])
@@ -219,6 +219,21 @@ def test_a_parameter_of_ones_own_is_frozen_as_ours_are():
     assert (row.entries, row.new, row.trainable, row.changed) == (4, 1, 1, 0)
     assert torch.equal(model.module.log_pi[:3], reference.module.log_pi)
     assert model.module.log_pi[3] != before[3]
+
+
+def test_a_matrix_that_grew_on_two_axes_is_frozen_but_for_what_is_new(tmp_path):
+    """Opened from a folder and trained on: the old 2 x 3 entries stay to the bit."""
+    reference = model_of(cohort(REFERENCE_BATCHES), 1, module_class=BatchPi)
+    cells = cohort(["two", "three"], kinds=4, seed=1)
+    query = SCANVI.load_query_data(cells.copy(), reference, extend_labels=["New"])
+    query.save(tmp_path / "query")
+    model = SCANVI.load(tmp_path / "query", cells, module_class=BatchPi)
+    model.train(1, batch_size=32, plan_kwargs={"weight_decay": 0.1}, progress_bar=False)
+    row = model.state_diff(reference).set_index("name").loc["log_pi"]
+    assert (row.entries, row.new, row.trainable, row.changed) == (12, 6, 6, 0)
+    found, before = model.module.log_pi, query.module.log_pi
+    assert torch.equal(found[:2, :3], reference.module.log_pi)
+    assert (found[2] != before[2]).all() and (found[:2, 3] != before[:2, 3]).any()
 
 
 def test_old_records_are_references_too(query, tmp_path, monkeypatch):
