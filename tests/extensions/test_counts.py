@@ -7,7 +7,7 @@ from scipy.integrate import quad
 from scipy.special import gammaln, wrightomega
 from scipy.stats import chisquare, poisson
 
-from pyro_scanvi import SCANVAE, SCANVI, InputError
+from pyro_scanvi import SCANVAE, SCANVI, InputError, testing
 from pyro_scanvi.extensions import (
     CovariateGate,
     GeneralisedPoisson,
@@ -16,7 +16,7 @@ from pyro_scanvi.extensions import (
     poisson_lognormal,
 )
 from pyro_scanvi.extensions.counts import _laplace
-from pyro_scanvi.testing import check_likelihood, check_model, random_cells
+from pyro_scanvi.testing import Subject, random_cells
 from tests.examples import SIZES, as_they_are
 from tests.examples import random_cells as cells_of
 
@@ -157,7 +157,9 @@ def test_values_and_gradients_are_finite(kind, theta, mean):
 
 @pytest.mark.parametrize("kind", LIKELIHOODS)
 def test_likelihoods_pass_the_checks(kind):
-    check_likelihood(LIKELIHOODS[kind])
+    subject = Subject(random_cells(), arguments={"gene_likelihood": LIKELIHOODS[kind]})
+    for check in (*testing.CHECKS_OF_TRACES, *testing.CHECKS_OF_LIKELIHOODS, testing.it_grows):
+        check(subject)
 
 
 def test_they_answer_and_are_saved(tmp_path):
@@ -198,7 +200,6 @@ def test_the_gate_is_that_of_the_model_and_a_linear_term():
     torch.testing.assert_close(gates(vae, cells), gates(plain, cells) + own)
 
 
-def test_a_gate_passes_the_checks_and_a_likelihood_without_one_is_refused():
-    check_model(CovariateGate)
+def test_a_likelihood_without_a_gate_is_refused():
     with pytest.raises(InputError, match="leave gene_likelihood out"):
         CovariateGate(**SIZES, gene_likelihood="nb")

@@ -52,22 +52,18 @@ def parts_of(vae, cells, seed=0):
 # ---- all of them --------------------------------------------------------------------------------
 
 
-def test_several_together_pass_the_checks():
-    """A query and a folder too."""
-    testing.check_model(Together)
+@pytest.mark.parametrize("check", testing.CHECKS)
+def test_several_together_pass_the_checks(check, adata):
+    check(testing.Subject(adata, Together))
 
 
 ALONE = {
-    "theta": (GlobalTheta, {}),
     "gamma": (GlobalTheta, {"theta_prior": "gamma", "theta_hyper": (2.0, 0.5)}),
     "weights": (NormalWeights, {}),
     "weights of z": (NormalWeights, {"weights_of": "z"}),
-    "horseshoe": (HorseshoeWeights, {"global_scale": 0.1}),
-    "horseshoe of z": (HorseshoeWeights, {"weights_of": "z"}),
-    "effect": (BatchEffect, {}),
+    "horseshoe of z": (HorseshoeWeights, {"weights_of": "z", "use_observed_lib_size": False}),
     "effect beside": (BatchEffect, {"decoder_sees_batch": True}),
 }
-CHECKS = [c for c in testing.CHECKS if c not in (testing.it_trains, testing.it_grows)]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +74,7 @@ def adata():
 @pytest.mark.parametrize("name", ALONE)
 def test_each_passes_the_checks(name, adata):
     kind, arguments = ALONE[name]
-    for check in CHECKS:
+    for check in testing.CHECKS_OF_TRACES:
         check(testing.Subject(adata, kind, arguments))
 
 
