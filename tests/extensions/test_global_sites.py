@@ -121,6 +121,15 @@ def test_the_order_of_bases_does_not_matter():
         torch.testing.assert_close(*found)
 
 
+def test_the_piecewise_interface_decodes_at_their_means():
+    vae = made(Together)
+    cells = random_cells(vae)
+    z, y = torch.randn(12, 4), torch.zeros(12)
+    px = vae.generative(z, torch.zeros(12, 1), cells.batch, y=y)["px"]
+    torch.testing.assert_close(px.mu, decoded(vae, cells, z=z).rho)
+    torch.testing.assert_close(px.theta[0], vae.q_shared()["theta"].mean)
+
+
 # ---- theta --------------------------------------------------------------------------------------
 
 
@@ -255,6 +264,8 @@ def test_the_global_scale_is_half_cauchy():
         (NormalWeights, {"weight_scale": 0.0}, "weight_scale"),
         (HorseshoeWeights, {"global_scale": -1.0}, "global_scale"),
         (BatchEffect, {"effect_scale": 0.0}, "effect_scale"),
+        (GlobalTheta, {"theta_hyper": (0.0,)}, "theta_hyper=.*, expected the two parameters"),
+        (GlobalTheta, {"theta_hyper": (0.0, -1.0)}, "theta_hyper=.*, expected the two parameters"),
         (GlobalTheta, {"theta_prior": "normal"}, "theta_prior='normal', expected one of"),
     ],
 )

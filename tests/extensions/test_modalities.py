@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pyro.distributions import MultivariateNormal
 from scipy.stats import nbinom
 
 from pyro_scanvi import SCANVAE, SCANVI, InputError, SemiSupervisedELBO, testing
@@ -127,6 +128,24 @@ def test_bad_arguments_are_refused():
     for background in (0.0, [1.0, 2.0], [1.0, 2.0, float("inf")]):
         with pytest.raises(InputError, match="a positive number of counts, or one for each"):
             made(background=background)
+
+
+class Dependent(SCANVAE):
+    """A posterior whose dimensions depend on one another."""
+
+    def q_z(self, cells):
+        q = super().q_z(cells).base_dist
+        return MultivariateNormal(q.loc, scale_tril=torch.diag_embed(q.scale))
+
+
+class Mixed(Proteins, Dependent):
+    pass
+
+
+def test_a_posterior_of_dependent_dimensions_is_not_multiplied():
+    vae = Mixed(**SIZES, n_extra={"protein": 3}, encode=True).double()
+    with pytest.raises(InputError, match="q_z gives a MultivariateNormal"):
+        vae.q_z(cells_with_proteins(vae))
 
 
 def simulated(seed=0, n=150):
