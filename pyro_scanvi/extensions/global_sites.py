@@ -53,7 +53,8 @@ class GlobalTheta(SCANVAE):
     Raises
     ------
     InputError
-        If the model has no theta of each gene to be given a prior.
+        If the model has no theta of each gene to be given a prior, or `theta_hyper` does not fit
+        the prior.
     """
 
     @plain_arguments
@@ -72,7 +73,7 @@ class GlobalTheta(SCANVAE):
                 "one of your own that reads theta, and dispersion='gene'"
             )
         self.theta_prior = look_up(THETA_PRIORS, theta_prior, "theta_prior")
-        self.theta_hyper = tuple(theta_hyper)
+        self.theta_hyper = _checked_hyper(self.theta_prior, theta_hyper)
         self.theta_log_scale = nn.Parameter(torch.full_like(loc, START_LOG_SCALE))
 
     def p_shared(self) -> dict[str, TorchDistribution]:
@@ -284,6 +285,21 @@ class BatchEffect(SCANVAE):
         effect = without_cells(cells.shared["batch_effect"][..., cells.batch, :], 2)
         rho = super().decode_expression(hidden, cells) * effect.exp()
         return rho if self.use_size_factor_key else rho / rho.sum(-1, keepdim=True)
+
+
+def _checked_hyper(
+    prior: Callable[[Tensor, Tensor], TorchDistribution], hyper: Sequence[float]
+) -> tuple[float, float]:
+    """Two numbers that the prior takes."""
+    try:
+        first, second = map(float, hyper)
+        prior(torch.tensor(first), torch.tensor(second))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"theta_hyper={hyper!r}, expected the two parameters of theta_prior: mean and standard "
+            "deviation of log theta of a 'lognormal', shape and rate of a 'gamma'"
+        ) from error
+    return first, second
 
 
 def without_cells(draw: Tensor, event_dim: int) -> Tensor:

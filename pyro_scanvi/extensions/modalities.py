@@ -12,6 +12,7 @@ from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.construction import encoder
 from pyro_scanvi.model.distributions import NegativeBinomial
 from pyro_scanvi.model.growth import ByBatch, grows
+from pyro_scanvi.model.likelihoods import elementwise
 from pyro_scanvi.model.networks import Head, HiddenLayers
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.validation import InputError, check_known, plain_arguments
@@ -53,7 +54,8 @@ class Proteins(SCANVAE):
     Raises
     ------
     InputError
-        If there are no such data, or the background is not positive.
+        If there are no such data, the background is not positive, or with ``encode=True`` the
+        posterior of z has dependent dimensions.
     """
 
     @plain_arguments
@@ -103,10 +105,14 @@ class Proteins(SCANVAE):
         q = super().q_z(cells)
         if not self.encode:
             return q
+        if elementwise(q).event_shape:
+            raise InputError(
+                f"encode=True multiplies Normals of independent dimensions, and q_z gives a "
+                f"{type(q).__name__}; leave encode out, or the other posterior"
+            )
         counts, measured = self._proteins(cells)
         loc, scale = self.protein_encoder(counts.log1p())
-        own = measured.unsqueeze(-1) / scale.square()
-        other = q.variance.reciprocal()
+        own, other = measured.unsqueeze(-1) / scale.square(), q.variance.reciprocal()
         precision = own + other
         return Normal((own * loc + other * q.mean) / precision, precision.rsqrt()).to_event(1)
 
