@@ -72,7 +72,7 @@ def nuts_against_guide(
         ``seed`` (of the chain), ``setting`` ("guide"), ``cell`` (name in obs), ``dim`` (of z),
         ``metric``, ``value``. "mean_difference", that of NUTS minus that of the guide, in standard
         deviations by NUTS; "sd_ratio", guide over NUTS; both of each chain. "rhat" and "ess" are of
-        all chains together, told in the row of each. "seconds" of each chain, an equal share of
+        all chains together, told in the row of each; R-hat is infinite where no chain moved. "seconds" of each chain, an equal share of
         them for each cell and dimension.
 
     Raises
@@ -182,7 +182,8 @@ def _start(vae: SCANVAE, cells: Cells) -> dict[str, Tensor]:
 
 def _of_all(statistic: Any, z: Tensor) -> Tensor:
     """Of each cell and dimension over all chains, repeated for each chain."""
-    value = statistic(z.double().cpu().numpy(), chain_axis=0, draw_axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # infinite where a chain did not move
+        value = statistic(z.double().cpu().numpy(), chain_axis=0, draw_axis=1)
     return torch.as_tensor(value).expand(z[:, 0].shape)
 
 
