@@ -23,13 +23,13 @@ def standardised(vae, cells, drawn):
 
 
 def test_nuts_finds_the_exact_posterior():
-    """Of 20 cells, of which 50 draws are taken for 5 independent ones: 6e-7 a comparison."""
+    """Of 20 cells, of which 40 draws are taken for 4 independent ones: 6e-7 a comparison."""
     vae, cells = Conjugate().eval(), normal_cells(20)
-    drawn = nuts.states_by_nuts(vae, cells, 50, 40, max_tree_depth=3, seed=0)
-    assert drawn["z"].shape == (50, 20, 2)
+    drawn = nuts.states_by_nuts(vae, cells, 40, 30, max_tree_depth=2, seed=0)
+    assert drawn["z"].shape == (40, 20, 2)
     for found in standardised(vae, cells, drawn):
-        assert (found.mean((0, 1)).abs() < SIGMAS / 100**0.5).all()
-        assert (found.var((0, 1)).log().abs() < SIGMAS * (2 / 100) ** 0.5).all()
+        assert (found.mean((0, 1)).abs() < SIGMAS / 80**0.5).all()
+        assert (found.var((0, 1)).log().abs() < SIGMAS * (2 / 80) ** 0.5).all()
 
 
 @pytest.fixture
@@ -72,6 +72,18 @@ def test_chains_run_and_leave_the_model_alone(changes):
             progress_bar=False,
         )
     assert set(found["cell"]) == {"cell3"} and set(found["dim"]) == set(range(4))
+
+
+def test_a_chain_that_does_not_move_says_nothing(model, monkeypatch):
+    """NaN, which a summary leaves out, and no number that looks like one."""
+
+    def stuck(vae, cells, n_draws, *others):
+        return {"z": torch.zeros(n_draws, 1, 4)}
+
+    monkeypatch.setattr(nuts, "states_by_nuts", stuck)
+    found = nuts_against_guide(model, n_cells=1, n_draws=4, seeds=(0, 1), progress_bar=False)
+    values = found.set_index("metric")["value"]
+    assert values[["mean_difference", "sd_ratio", "rhat"]].isna().all()
 
 
 def test_what_cells_share_is_held(model):
