@@ -252,8 +252,8 @@ def amortisation_gaps(
         with apart(seed), pyro.validation_enabled(False):
             for setting, metric, values in _gaps(vae, cells, families, fit):
                 common = {"seed": seed, "setting": setting, "metric": metric}
-                for name, value in zip(names, values.tolist(), strict=True):
-                    rows.append(common | {"cell": name, "value": value})
+                of_cells = zip(names, values.tolist(), strict=True)
+                rows += [common | {"cell": name, "value": value} for name, value in of_cells]
     return tidy(rows)
 
 

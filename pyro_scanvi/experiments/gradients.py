@@ -65,6 +65,9 @@ class DrawnLabels:
 
     loss: DifferentiableLoss
 
+    def __post_init__(self) -> None:
+        PyroLoss(self.loss)  # refuses one without a gradient
+
     def __call__(self, vae: SCANVAE, plan: ObjectiveSettings) -> "BoundDrawn":
         """The loss of this model; of the plan it reads whether labels are fed."""
         return BoundDrawn(self.loss, vae, plan.feed_labels)

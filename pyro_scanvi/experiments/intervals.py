@@ -44,8 +44,7 @@ def bootstrap_interval(
     if len(values) < 2:
         return np.nan, np.nan
     rng = np.random.default_rng(seed)
-    # One resample at a time: together they are 2,000 times the data.
-    means = [rng.choice(values, len(values)).mean() for _ in range(N_RESAMPLES)]
+    means = values[rng.integers(len(values), size=(N_RESAMPLES, len(values)))].mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -7,6 +7,7 @@ size (Vehtari et al. 2021, Bayesian Analysis 16:667, arXiv 1903.08008), by arviz
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -72,8 +73,8 @@ def nuts_against_guide(
         ``seed`` (of the chain), ``setting`` ("guide"), ``cell`` (name in obs), ``dim`` (of z),
         ``metric``, ``value``. "mean_difference", that of NUTS minus that of the guide, in standard
         deviations by NUTS; "sd_ratio", guide over NUTS; both of each chain. "rhat" and "ess" are of
-        all chains together, told in the row of each. "seconds" of each chain, an equal share of
-        them for each cell and dimension.
+        all chains together, told in the row of each. NaN is of a chain that did not move.
+        "seconds" of each chain, an equal share of them for each cell and dimension.
 
     Raises
     ------
@@ -94,9 +95,10 @@ def nuts_against_guide(
     z = torch.stack(chains)  # chains, draws, N, K
     with apart(seeds[0]), torch.no_grad():
         mean, sd = moments(vae.q_z(vae.at_shared_points(cells)))
+    spread = torch.where(z.std(1) > 0, z.std(1), torch.nan)
     found = {
-        "mean_difference": (z.mean(1) - mean) / z.std(1),
-        "sd_ratio": sd / z.std(1),
+        "mean_difference": (z.mean(1) - mean) / spread,
+        "sd_ratio": sd / spread,
         "rhat": _of_all(statistics.rhat, z),
         "ess": _of_all(statistics.ess, z),
         "seconds": torch.tensor(seconds)[:, None, None].expand(z[:, 0].shape) / mean.numel(),
@@ -151,8 +153,6 @@ def plot_nuts_against_guide(frame: pd.DataFrame, ax: Axes | None = None) -> Axes
 
     A guide that is right lies at a difference of 0 and a ratio of 1.
     """
-    import matplotlib.pyplot as plt
-
     axis = plt.subplots()[1] if ax is None else ax
     across, up = (
         of_metric(frame, metric).groupby(["cell", "dim"], sort=False)["value"]
@@ -182,8 +182,9 @@ def _start(vae: SCANVAE, cells: Cells) -> dict[str, Tensor]:
 
 def _of_all(statistic: Any, z: Tensor) -> Tensor:
     """Of each cell and dimension over all chains, repeated for each chain."""
-    value = statistic(z.double().cpu().numpy(), chain_axis=0, draw_axis=1)
-    return torch.as_tensor(value).expand(z[:, 0].shape)
+    with np.errstate(divide="ignore", invalid="ignore"):  # where no chain moved
+        value = statistic(z.double().cpu().numpy(), chain_axis=0, draw_axis=1)
+    return torch.as_tensor(np.where(np.isfinite(value), value, np.nan)).expand(z[:, 0].shape)
 
 
 def _rows(found: Mapping[str, Tensor], seeds: Sequence[int], names: Sequence[str]) -> pd.DataFrame:

@@ -30,23 +30,23 @@ OBJECTIVES: dict[str, Settings] = {
 }
 OPTIMISERS: dict[str, Settings] = {
     "default": DEFAULT,
-    "Adam, lr 1e-4": plan(lr=1e-4),
-    "Adam, lr 5e-3": plan(lr=5e-3),
+    "Adam, lr 1e-3": plan(lr=1e-3),
+    "Adam, lr 2e-2": plan(lr=2e-2),
     "Adam, eps 1e-8": plan(eps=1e-8),
     "AdamW, decay 1e-2": plan(optimizer="AdamW", weight_decay=1e-2),
-    "ClippedAdam": plan(optimizer=partial(ClippedAdam, lr=1e-3)),
+    "ClippedAdam, lr 5e-3": plan(optimizer=partial(ClippedAdam, lr=5e-3)),
     "SGD, momentum": plan(optimizer=partial(SGD, lr=1e-4, momentum=0.9), gradient_clip_norm=100.0),
     "gradient norm 10": plan(gradient_clip_norm=10.0),
-    "plateau": plan(
-        lr=5e-3, reduce_lr_on_plateau=True, lr_scheduler_metric="elbo_train", lr_patience=3
+    "lr 2e-2, plateau": plan(
+        lr=2e-2, reduce_lr_on_plateau=True, lr_scheduler_metric="elbo_train", lr_patience=1
     ),
 }
 WARM_UPS: dict[str, Settings] = {
     "default": DEFAULT,
-    "10 epochs": plan(n_epochs_kl_warmup=10),
-    "30 epochs": plan(n_epochs_kl_warmup=30),
+    "5 epochs": plan(n_epochs_kl_warmup=5),
+    "20 epochs": plan(n_epochs_kl_warmup=20),
     "KL weight 0.1": plan(max_kl_weight=0.1),
-    "pretrained 10": Settings(train={"pretrain_epochs": 10}),
+    "pretrained, 5": Settings(train={"pretrain_epochs": 5}),
 }
 MINIBATCHES: dict[str, Settings] = {
     "default": DEFAULT,
