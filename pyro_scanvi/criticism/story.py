@@ -60,10 +60,10 @@ class Story:
         InputError
             If the model observes anything but ``cells.x`` and ``cells.extra[name of the site]``.
         """
-        states, seen = tell(self.vae, cells, self.shared)
+        states, _, seen = tell(self.vae, cells, self.shared)
         told = with_data(cells, seen)
         self._check_seen(told, states, seen)
-        return {n: v for n, v in states.items() if n not in self.shared}, told
+        return states, told
 
     def traces(self, cells: Cells, n: int, values: Values | None = None) -> tuple[Trace, Trace]:
         """Of the model replayed, and of the guide, at n draws of it or at given values, (n, N)."""
@@ -108,15 +108,19 @@ class Story:
                 )
 
 
-def tell(vae: SCANVAE, cells: Cells, shared: Mapping[str, Tensor]) -> tuple[Values, Values]:
-    """The model's draws without data: of what is latent, and of what is observed."""
-    model = poutine.condition(poutine.uncondition(vae.model), data=dict(shared))
+def tell(
+    vae: SCANVAE, cells: Cells, shared: Mapping[str, Tensor] | None = None
+) -> tuple[Values, Values, Values]:
+    """The model's draws without data: of states, of what all share, and of what is seen.
+
+    What all share comes from its prior where it is not given.
+    """
+    model = poutine.condition(poutine.uncondition(vae.model), data=dict(shared or {}))
     sites = own_sites(poutine.trace(model).get_trace(cells))
-    with_numbers = {name: site for name, site in sites.items() if site["value"].numel()}
-    values = {name: site["value"] for name, site in with_numbers.items()}
-    seen = {n for n, site in with_numbers.items() if site["infer"].get("was_observed")}
-    latent = {name: value for name, value in values.items() if name not in seen}
-    return latent, {name: values[name] for name in seen}
+    told = {n: s for n, s in sites.items() if s["value"].numel()}  # no factors
+    seen = {n: s["value"] for n, s in told.items() if s["infer"].get("was_observed")}
+    states = {n: s["value"] for n, s in told.items() if in_cells(s) and n not in seen}
+    return states, {n: s["value"] for n, s in told.items() if not in_cells(s)}, seen
 
 
 def with_data(cells: Cells, seen: Values) -> Cells:
