@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.distributions import Categorical, constraints
 
 from pyro_scanvi.criticism.ranks import Calibration, ranks_of, tidy
-from pyro_scanvi.criticism.story import Story, Values, states_of
+from pyro_scanvi.criticism.story import Story, Values, rows, states_of
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import at_once, evaluating, parts, seeded
@@ -225,17 +225,6 @@ def elements_of(values: Values, one_hot: set[str]) -> dict[tuple[str, str], Tens
         if name in one_hot:
             found[name, "code"] = flat.argmax(-1)
     return found
-
-
-def rows(cells: Cells, at: slice) -> Cells:
-    """Some of the cells."""
-    n = len(cells)
-    tensors = {
-        name: value[at]
-        for name, value in vars(cells).items()
-        if isinstance(value, Tensor) and value.ndim and len(value) == n
-    }
-    return Cells(**(vars(cells) | tensors | {"extra": cells.extra.each(lambda v: v[at])}))
 
 
 def _slices(n: int, most: int) -> list[slice]:

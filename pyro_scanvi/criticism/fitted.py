@@ -13,7 +13,6 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import pyro
 import torch
 from pyro import poutine
 from rich.progress import track
@@ -22,12 +21,12 @@ from torch.nn import Parameter
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pyro_scanvi.criticism.calibration import Quantity, elements_of, rows
+from pyro_scanvi.criticism.calibration import Quantity, elements_of
 from pyro_scanvi.criticism.ranks import Calibration, ranks_of, tidy
-from pyro_scanvi.criticism.story import Values, tell, with_data
+from pyro_scanvi.criticism.story import Values, shared_draws, tell, with_data
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.objective import SemiSupervisedELBO
-from pyro_scanvi.model.pyro_internals import in_cells, own_sites
+from pyro_scanvi.model.pyro_internals import own_sites
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import evaluating, seeded
 from pyro_scanvi.posterior.traces import site_log_prob
@@ -139,7 +138,7 @@ def calibration_of_fits(
             copied.load_state_dict(start)
             with torch.enable_grad():
                 fitted = fit(copied, cells)
-            found.append(_ranked(truth, _draws(fitted, cells, n_draws), cells, quantities))
+            found.append(_ranked(truth, _shared(fitted, cells, n_draws), cells, quantities))
     ranks = {name: torch.stack([r[name] for r in found]).cpu().numpy() for name in found[0]}
     return Calibration(tidy(ranks), n_draws)
 
@@ -189,11 +188,9 @@ def _simulated(vae: SCANVAE, cells: Cells, n_labelled: int) -> tuple[Values, Cel
     return shared, cells
 
 
-def _draws(vae: SCANVAE, cells: Cells, n: int) -> Values:
-    """Of what all cells share, from its posterior, (n, ...) each."""
-    with pyro.validation_enabled(False), pyro.plate("draws", n, dim=-2):
-        guide = poutine.trace(vae.guide).get_trace(rows(cells, slice(0, 1)))
-    return {n: s["value"].squeeze(1) for n, s in own_sites(guide).items() if not in_cells(s)}
+def _shared(vae: SCANVAE, cells: Cells, n: int) -> Values:
+    """Draws of what all cells share, (n, ...) each."""
+    return {name: v.squeeze(1) for name, v in shared_draws(vae.guide, cells, n).items()}
 
 
 def _ranked(

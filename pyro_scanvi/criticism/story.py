@@ -1,6 +1,6 @@
 """A model's story, told and weighed, with what all cells share held at one value."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import pyro
@@ -128,6 +128,26 @@ def with_data(cells: Cells, seen: Values) -> Cells:
     extra = {**cells.extra, **{name: value for name, value in seen.items() if name != "x"}}
     filled = replace(cells, x=seen.get("x", cells.x), extra=Named(extra))
     return filled.hide_labels()
+
+
+def shared_draws(story: Callable, cells: Cells, n: int) -> Values:
+    """Draws of what all cells share by model or guide, (n, 1, ...) each."""
+    with pyro.validation_enabled(False), pyro.plate("draws", n, dim=-2):
+        trace = poutine.trace(story).get_trace(rows(cells, slice(0, 1)))
+    found = {name: site for name, site in own_sites(trace).items() if not in_cells(site)}
+    events = {name: site["fn"].event_shape for name, site in found.items()}
+    return {name: site["value"].reshape(n, 1, *events[name]) for name, site in found.items()}
+
+
+def rows(cells: Cells, at: slice) -> Cells:
+    """Some of the cells."""
+    n = len(cells)
+    tensors = {
+        name: value[at]
+        for name, value in vars(cells).items()
+        if isinstance(value, Tensor) and value.ndim and len(value) == n
+    }
+    return Cells(**(vars(cells) | tensors | {"extra": cells.extra.each(lambda v: v[at])}))
 
 
 def states_of(trace: Trace) -> dict[str, Site]:

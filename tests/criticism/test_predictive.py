@@ -60,7 +60,8 @@ def test_statistics_are_those_of_the_data(model):
             "mean": x[cells].mean(0),
             "variance": x[cells].var(0, ddof=1),
         }.items():
-            rows = checks.features.query("statistic == @statistic and group == @group")
+            table = checks.features
+            rows = table[(table["statistic"] == statistic) & (table["group"] == group)]
             assert list(rows["feature"]) == list(model.fields.genes)
             np.testing.assert_allclose(rows["observed"], expected, rtol=1e-9)
     totals = checks.totals.query("group == 'one'").set_index("statistic")["observed"]
