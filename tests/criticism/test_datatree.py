@@ -169,7 +169,7 @@ def test_arviz_plots_it(model):
     run = RUN | {"n_draws": 10, "n_chains": 2, "n_integration": 1, "indices": [0, 1]}
     tree, az, one = to_datatree(model, **run), arviz_plots(), {"cell": ["cell0"]}
     none = {"backend": "none"}
-    assert az.plot_ppc_dist(tree, **none) is not None
+    assert az.plot_ppc_dist(tree, num_samples=5, **none) is not None
     assert az.plot_forest(tree, var_names=["z"], coords=one, **none) is not None
     assert az.plot_rank(tree, var_names=["z", "rate"], coords=one, **none) is not None
     assert az.plot_prior_posterior(tree, var_names=["rate"], **none) is not None
