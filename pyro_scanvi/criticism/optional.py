@@ -28,9 +28,12 @@ def arviz_plots() -> ModuleType:
     """ArviZ's plots, ``arviz_plots``.
 
     Its releases for Python 3.11 look for ``matplotlib.style.core``, which matplotlib no longer
-    imports by itself since 3.11 and drops in 3.13.
+    imports by itself since 3.11 and drops in 3.13; and they register a scale in a way that it
+    warns of.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _imported("matplotlib.style.core")
-    return _imported("arviz_plots")
+        plots = _imported("arviz_plots")
+        _imported("arviz_plots.backend.matplotlib")
+    return plots
