@@ -88,11 +88,18 @@ class Story:
     def log_densities(self, cells: Cells, values: Values) -> tuple[Tensor, Tensor]:
         """log p(data | states) and log p(data, states), (n, N) in nats, float64."""
         n = len(next(iter(values.values())))
-        p, _ = self.traces(cells, n, values)
-        found = {name: site for name, site in own_sites(p).items() if in_cells(site)}
+        found = {m: s for m, s in own_sites(self.model_at(cells, values)).items() if in_cells(s)}
         log_p = {name: site_log_prob(site).expand(n, len(cells)) for name, site in found.items()}
         seen = [log_p[name] for name, site in found.items() if site["is_observed"]]
         return torch.stack(seen).sum(0), torch.stack(list(log_p.values())).sum(0)
+
+    def model_at(self, cells: Cells, values: Values) -> Trace:
+        """The model's trace at a value of every state, (n, N, ...) each."""
+        model = poutine.condition(self.vae.model, data=self.shared)
+        model = poutine.replay(model, trace=_nodes(values))
+        n = len(next(iter(values.values())))
+        with pyro.validation_enabled(False), pyro.plate("draws", n, dim=-2):
+            return poutine.trace(model).get_trace(cells)
 
     def _check_seen(self, cells: Cells, states: Values, seen: Values) -> None:
         """That what the model observes of the cells is what was put into them."""
