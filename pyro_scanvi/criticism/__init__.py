@@ -6,6 +6,7 @@ from pyro_scanvi.criticism.calibration import (
     from_guide,
     simulation_based_calibration,
 )
+from pyro_scanvi.criticism.chain import FromChain
 from pyro_scanvi.criticism.datatree import leave_one_out, to_datatree
 from pyro_scanvi.criticism.fitted import FitGuide, calibration_of_fits
 from pyro_scanvi.criticism.held_out import HeldOut, held_out_likelihood
@@ -17,6 +18,7 @@ __all__ = [
     "Calibration",
     "Drawn",
     "FitGuide",
+    "FromChain",
     "FromWeights",
     "HeldOut",
     "PredictiveChecks",
