@@ -520,6 +520,27 @@ class SCANVAE(PiecewiseInterface):
         InputError
             If there is no such batch, or no `library` where the model reads it from the counts.
         """
+        cells = self.unseen(n_cells, batch, library)
+        with torch.no_grad(), evaluated(self):
+            trace = poutine.trace(poutine.uncondition(self.model)).get_trace(cells)
+        parts = ("cells", "label")  # the plate, and the evidence, of which there is none
+        return {name: value for name, value in samples(trace).items() if name not in parts}
+
+    def unseen(self, n_cells: int, batch: int = 0, library: float | Tensor | None = None) -> Cells:
+        """Cells of which nothing is known but where they come from; all counts are 0.
+
+        Parameters
+        ----------
+        n_cells, batch
+            As in :meth:`prior`.
+        library
+            Size in counts of all cells, or of each, (N, 1); None only where it is latent.
+
+        Raises
+        ------
+        InputError
+            As :meth:`prior`.
+        """
         if library is None and not self.latent_library:
             raise InputError("the model reads the library; give library=, the counts of a cell")
         zeros, n_categorical = self.y_prior.new_zeros, len(self.n_cats_per_cov)
@@ -533,10 +554,7 @@ class SCANVAE(PiecewiseInterface):
         )
         if library is not None:
             cells = replace(cells, size_factor=zeros(n_cells, 1) + library)
-        with torch.no_grad(), evaluated(self):
-            trace = poutine.trace(poutine.uncondition(self.model)).get_trace(cells)
-        parts = ("cells", "label")  # the plate, and the evidence, of which there is none
-        return {name: value for name, value in samples(trace).items() if name not in parts}
+        return cells
 
     # ---- how it grows -----------------------------------------------------------------------
 

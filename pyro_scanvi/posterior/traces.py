@@ -13,6 +13,7 @@ cells are not read.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class TraceWeights:
             For a model or a guide with a site that cannot be weighed; it is named.
         """
         cells = cells.hide_labels()
-        self._check_sites(cells)
+        self.check_sites(cells)
         model, guide = self._traces(cells, 1)
         self._check_label(model)
         sizes = [site["fn"].shape().numel() for site in _of_cells(model).values()]
@@ -76,18 +77,47 @@ class TraceWeights:
             log_sum = torch.logaddexp(log_sum, _by_label(log_weight, model))
         return (log_sum - math.log(n_samples)).T
 
-    def _traces(self, cells: Cells, n_samples: int) -> tuple[Trace, Trace]:
+    def of_draws(
+        self, cells: Cells, n_samples: int, shared: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Log weight of each draw, summed over what is enumerated: log p(x) is their logmeanexp.
+
+        Known labels are not read.
+
+        Parameters
+        ----------
+        cells, n_samples
+            A minibatch of N cells, and the number S of draws.
+        shared
+            A value for each draw of what all cells share, (S, 1, ...) each; None draws them from
+            their posterior.
+
+        Returns
+        -------
+        Tensor
+            (S, N) in nats, float64.
+        """
+        model, guide = self._traces(cells.hide_labels(), n_samples, shared)
+        log_weight = log_weights(model, guide).expand(*_shape(model, guide, n_samples, len(cells)))
+        return log_weight.reshape(-1, n_samples, len(cells)).logsumexp(0)
+
+    def _traces(
+        self, cells: Cells, n_samples: int, shared: Mapping[str, Tensor] | None = None
+    ) -> tuple[Trace, Trace]:
         """Of the model replayed, and of the guide: (..., S, N), enumerated sites on the left."""
-        guide = poutine.infer_config(self.vae.guide, _enumerated_label)
+        given = dict(shared or {})
+        guide = poutine.condition(self.vae.guide, data=given)
+        guide = poutine.infer_config(guide, _enumerated_label)
         guide = poutine.enum(guide, first_available_dim=FIRST_ENUMERATED)
         with pyro.validation_enabled(False), pyro.plate("draws", n_samples, dim=DIM_OF_DRAWS):
             guide_trace = poutine.trace(guide).get_trace(cells)
-            model = poutine.infer_config(self.vae.model, _enumerated_label)
+            model = poutine.condition(self.vae.model, data=given)
+            model = poutine.infer_config(model, _enumerated_label)
             # Its dimensions go on to the left of those of the guide.
             model = poutine.enum(poutine.replay(model, trace=guide_trace))
             return poutine.trace(model).get_trace(cells), guide_trace
 
-    def _check_sites(self, cells: Cells) -> None:
+    def check_sites(self, cells: Cells) -> None:
         """Refuse what no weight makes right, before anything is enumerated or vectorised."""
         guide = poutine.trace(self.vae.guide).get_trace(cells)
         q, shared = own_sites(guide), self.vae.p_shared()
@@ -157,7 +187,8 @@ def log_weights(model: Trace, guide: Trace) -> Tensor:
     q = {n: s for n, s in _of_cells(guide).items() if enumeration_dim(s) is None}
     p = _of_cells(model)
     read = {n: s for n, s in p.items() if s["is_observed"] or n in q or enumeration_dim(s)}
-    return total(_log_prob(s) for s in read.values()) - total(_log_prob(s) for s in q.values())
+    log_p, log_q = (total(map(site_log_prob, found.values())) for found in (read, q))
+    return log_p - log_q
 
 
 def _by_label(log_weight: Tensor, model: Trace) -> Tensor:
@@ -196,7 +227,7 @@ def _of_cells(trace: Trace) -> dict[str, Site]:
     return {name: site for name, site in own_sites(trace).items() if in_cells(site)}
 
 
-def _log_prob(site: Site) -> Tensor:
+def site_log_prob(site: Site) -> Tensor:
     """Unscaled, with masked entries 0, in float64."""
     log_prob = log_prob_of_events(site["fn"], site["value"])
     mask = True if site["mask"] is None else site["mask"]
