@@ -3,7 +3,7 @@
     python benchmarks/proteins.py [--seeds 0 1 2 3 4] [--epochs 60] [--out proteins.csv]
 
 Type A differs from B1 and B2 by its genes, B1 from B2 by its proteins alone, of which a fifth of
-the cells have none. Twenty labels of each type are given. Scored are hidden B1 and B2 with proteins.
+the cells have none. Twenty labels of each type are given; hidden B1 and B2 are scored.
 """
 
 import argparse
