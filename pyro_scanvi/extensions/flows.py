@@ -76,7 +76,7 @@ class FlowPosterior(SCANVAE):
     .. math:: z = m(x) + s(x)\, g(\epsilon; h(x)), \quad \epsilon \sim \mathcal N(0, I)
 
     with h the hidden units of the encoder. It has no mean in closed form: cells are classified and
-    shown at the z of :math:`\epsilon = 0`. (A mean of 100 draws takes ten times as long to train.)
+    shown at the z of :math:`\epsilon = 0`. (At a mean of 100 draws a step takes six times as long.)
 
     Parameters
     ----------
