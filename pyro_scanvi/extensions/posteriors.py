@@ -35,10 +35,16 @@ class FullCovariancePosterior(SCANVAE):
     ----------
     *args, **kwargs
         As for :class:`~pyro_scanvi.SCANVAE`.
+
+    Raises
+    ------
+    InputError
+        For one latent dimension, which has nothing to covary with.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        validation.check_at_least(2, n_latent=self.n_latent)
         n_below = self.n_latent * (self.n_latent - 1) // 2
         self.z_below = Head(self.z_encoder.hidden.n_out, n_below)
         for parameter in self.z_below.parameters():

@@ -98,3 +98,8 @@ def test_a_low_rank_starts_near_the_default_and_is_what_it_says():
 def test_a_rank_of_nothing_is_refused():
     with pytest.raises(InputError, match="rank=0"):
         make(LowRankPosterior, rank=0)
+
+
+def test_one_dimension_has_nothing_to_covary_with():
+    with pytest.raises(InputError, match="n_latent=1"):
+        FullCovariancePosterior(n_input=5, n_labels=2, n_latent=1)
