@@ -1,10 +1,11 @@
 """Settings are trained on the same cells, scored by hand, refused before anything is trained."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
 
-from pyro_scanvi import ELBO, InputError
+from pyro_scanvi import ELBO, InputError, SemiSupervisedELBO
 from pyro_scanvi.experiments import (
     TABLES,
     Settings,
@@ -13,11 +14,10 @@ from pyro_scanvi.experiments import (
     plot_comparison,
     plot_differences,
 )
-from pyro_scanvi.experiments.comparing import GIVEN, HIDDEN, _Trials
+from pyro_scanvi.experiments.comparing import GIVEN, HIDDEN, METRICS, _Trials
 from tests.examples import SMALL, simulated
 
 COMMON = Settings(SMALL, {"max_epochs": 1, "batch_size": 32, "plan_kwargs": {"lr": 1e-2}})
-METRICS = {"accuracy", "macro_f1", "calibration_error", "elbo", "marginal_ll", "seconds"}
 
 
 def quick(settings, adata=None, seeds=(0, 1), **changes):
@@ -35,7 +35,7 @@ def compared():
 def test_equal_settings_are_equal_to_the_bit(compared):
     """Cells, hidden labels, first weights and draws are those of the seed."""
     assert list(compared) == ["seed", "setting", "metric", "value"]
-    assert set(compared["metric"]) == METRICS and compared["value"].notna().all()
+    assert set(compared["metric"]) == set(METRICS) and compared["value"].notna().all()
     found = against(compared, "a").set_index(["setting", "metric"])["difference"]
     assert (found["same"].drop("seconds") == 0).all()
     assert found["b", "elbo"] != 0
@@ -121,6 +121,21 @@ def test_an_error_says_which_setting_and_that_nothing_was_trained(monkeypatch):
     with pytest.raises(InputError) as error:
         quick({"good": Settings(), "bad": Settings(train={"batch_size": 0})})
     assert error.value.__notes__ == ["setting 'bad'; nothing was trained yet"] and not calls
+
+
+class NotANumber(SemiSupervisedELBO):
+    def bound(self, model_trace, guide_trace):
+        return super().bound(model_trace, guide_trace) * float("nan")
+
+
+def test_a_run_that_is_not_finite_is_missing_and_the_others_go_on():
+    broken = Settings(train={"objective": ELBO(kind=NotANumber)})
+    with pytest.warns(UserWarning, match="seed 0 of 'broken' was not trained to its end"):
+        found = quick({"broken": broken, "a": Settings()}, seeds=(0,))
+    values = found.set_index(["setting", "metric"])["value"]
+    assert values["broken"].isna().all() and values["a"].notna().all()
+    with pytest.raises(InputError, match="do not share"):
+        against(pd.concat([found, found.assign(seed=1).fillna(0)]), "a")
 
 
 def test_missing_labels_are_refused():
