@@ -39,7 +39,7 @@ def measured(loss, parts, n_pairs, seed=0):
 
 
 def assert_mean(values, expected):
-    """False alarms in 6e-7 of the comparisons where there are hundreds of values, 3e-5 of thirty."""
+    """False alarms in 6e-7 of the comparisons of hundreds of values, in 3e-5 of those of thirty."""
     error = values.std(ddof=1) / len(values) ** 0.5
     assert abs(values.mean() - expected) < SIGMAS * error, (values.mean(), expected, error)
 
