@@ -1,5 +1,6 @@
 """Settings trained over several seeds on the same cells and hidden labels, and their scores."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from pyro_scanvi.experiments.intervals import against, check_seeds, summary, tid
 from pyro_scanvi.experiments.plotting import of_metric, points
 from pyro_scanvi.experiments.running import apart, clock, tracked
 from pyro_scanvi.metrics import label_scores
+from pyro_scanvi.training.nonfinite import NonFiniteError
 from pyro_scanvi.validation import InputError, check_at_least, check_flags, check_known, is_number
 
 GIVEN = "pyro_scanvi_given"  # the column of labels, of which most are hidden
@@ -147,12 +149,18 @@ def compare(
     DataFrame
         ``seed``, ``setting``, ``metric``, ``value``. "accuracy", "macro_f1" and
         "calibration_error" of the hidden labels of cells trained on; "elbo" and "marginal_ll" of
-        held-out cells, labels unknown, in nats per cell; "seconds" of training.
+        held-out cells, labels unknown, in nats per cell; "seconds" of training. NaN where a loss or
+        gradient was not finite, which :func:`~.intervals.against` refuses to pair.
 
     Raises
     ------
     InputError, TypeError
         For what cannot be trained: each setting is tried without an epoch before any is trained.
+
+    Warns
+    -----
+    UserWarning
+        Where a loss or gradient was not finite; the other runs go on.
     """
     rows: list[dict] = []
     check_at_least(1, n_per_label=n_per_label, n_mc_samples=n_mc_samples)
@@ -165,9 +173,9 @@ def compare(
     runs = [(seed, name) for seed in seeds for name in merged]
     for seed, name in tracked(runs, len(runs), "training", progress_bar):
         with apart(seed):
-            for metric, value in _measured(make(seed, merged[name]), merged[name], score):
+            for metric, value in _measured(make(seed, merged[name]), name, merged[name], score):
                 rows.append({"seed": seed, "setting": name, "metric": metric, "value": value})
-    return tidy(rows)
+    return _completed(tidy(rows), runs)
 
 
 def plot_comparison(frame: pd.DataFrame, metric: str = "accuracy", ax: Axes | None = None) -> Axes:
@@ -213,10 +221,26 @@ class _Trials:
         return Trial(seed, training, out, self.truth, self.n_mc_samples)
 
 
-def _measured(trial: Trial, settings: Settings, score: Score) -> Iterator[tuple[str, float]]:
+def _completed(frame: pd.DataFrame, runs: Sequence[tuple[int, str]]) -> pd.DataFrame:
+    """A row for each metric of each run; what was not measured is NaN."""
+    names = ["seed", "setting", "metric"]
+    every = [(*run, metric) for run in runs for metric in frame["metric"].unique()]
+    index = pd.MultiIndex.from_tuples(every, names=names)
+    return frame.set_index(names).reindex(index).reset_index()
+
+
+def _measured(
+    trial: Trial, name: str, settings: Settings, score: Score
+) -> Iterator[tuple[str, float]]:
     model = trial.model(settings)
     now = clock(model.module.y_prior.device)
-    trial.train(model, settings)
+    try:
+        trial.train(model, settings)
+    except NonFiniteError as error:
+        message = f"seed {trial.seed} of {name!r} was not trained to its end: {error}"
+        warnings.warn(message, stacklevel=3)
+        yield "seconds", np.nan  # what else is missing, _completed adds
+        return
     seconds = now()
     yield from score(trial, model)
     yield "seconds", seconds

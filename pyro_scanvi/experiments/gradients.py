@@ -181,7 +181,11 @@ def plot_gradient_noise(
 
 
 def noise_summary(frame: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-    """Mean of each setting, part and metric, with bootstrap intervals over pairs of all seeds."""
+    """Mean of each setting, part and metric, with bootstrap intervals over pairs of all seeds.
+
+    They are of the minibatches at hand; how much others differ is seen over seeds, by
+    ``summary(frame, by=("setting", "part", "metric"))``.
+    """
     pairs = frame.assign(pair=frame["seed"].astype(str) + "/" + frame["draw"].astype(str))
     by = ("setting", "part", "metric")
     return summary(pairs, by, unit="pair", interval=bootstrap_interval, level=level)

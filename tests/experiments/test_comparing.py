@@ -1,10 +1,11 @@
 """Settings are trained on the same cells, scored by hand, refused before anything is trained."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
 
-from pyro_scanvi import ELBO, InputError
+from pyro_scanvi import ELBO, InputError, SemiSupervisedELBO
 from pyro_scanvi.experiments import (
     TABLES,
     Settings,
@@ -13,11 +14,11 @@ from pyro_scanvi.experiments import (
     plot_comparison,
     plot_differences,
 )
-from pyro_scanvi.experiments.comparing import GIVEN, HIDDEN, _Trials
+from pyro_scanvi.experiments.comparing import DEFAULT, GIVEN, HIDDEN, _Trials
 from tests.examples import SMALL, simulated
 
-COMMON = Settings(SMALL, {"max_epochs": 1, "batch_size": 32, "plan_kwargs": {"lr": 1e-2}})
 METRICS = {"accuracy", "macro_f1", "calibration_error", "elbo", "marginal_ll", "seconds"}
+COMMON = Settings(SMALL, {"max_epochs": 1, "batch_size": 32, "plan_kwargs": {"lr": 1e-2}})
 
 
 def quick(settings, adata=None, seeds=(0, 1), **changes):
@@ -54,7 +55,7 @@ def test_pictures(compared):
 def test_scores_by_hand():
     """The labels that were hidden, as scikit-learn counts them; held-out cells are others."""
     adata = simulated(60)
-    trial = _Trials(adata, "truth", 5, 0.25, {}, 3)(1)
+    trial = _Trials(adata, "truth", 5, 0.25, {}, 3)(1, DEFAULT)
     assert len(trial.held_out) == 15 and len(trial.training) == 45
     assert not set(trial.held_out.obs_names) & set(trial.training.obs_names)
     shown = trial.training.obs[GIVEN] != HIDDEN
@@ -87,7 +88,7 @@ def test_the_anndata_stays_as_it_is():
 
 def test_every_row_of_every_table_can_be_trained():
     """None is refused, and all start from the baseline of one name."""
-    trial = _Trials(simulated(60), "truth", 5, 0.25, {}, 2)(0)
+    trial = _Trials(simulated(60), "truth", 5, 0.25, {}, 2)(0, DEFAULT)
     for table in TABLES.values():
         assert "default" in table
         for row in table.values():
@@ -121,6 +122,39 @@ def test_an_error_says_which_setting_and_that_nothing_was_trained(monkeypatch):
     with pytest.raises(InputError) as error:
         quick({"good": Settings(), "bad": Settings(train={"batch_size": 0})})
     assert error.value.__notes__ == ["setting 'bad'; nothing was trained yet"] and not calls
+
+
+class NotANumber(SemiSupervisedELBO):
+    def bound(self, model_trace, guide_trace):
+        return super().bound(model_trace, guide_trace) * float("nan")
+
+
+def test_a_run_that_is_not_finite_is_missing_and_the_others_go_on():
+    broken = Settings(train={"objective": ELBO(kind=NotANumber)})
+    with pytest.warns(UserWarning, match="seed 0 of 'broken' was not trained to its end"):
+        found = quick({"broken": broken, "a": Settings()}, seeds=(0,))
+    values = found.set_index(["setting", "metric"])["value"]
+    assert values["broken"].isna().all() and values["a"].notna().all()
+    with pytest.raises(InputError, match="do not share"):
+        against(pd.concat([found, found.assign(seed=1).fillna(0)]), "a")
+
+
+def count_given(trial, model):
+    yield "given", (trial.training.obs[GIVEN] != HIDDEN).sum()
+    yield "labels", model.module.n_labels
+
+
+def test_a_setting_may_tell_more_of_the_cells_and_scores_are_an_argument():
+    def without_b(adata, seed):
+        labels = adata.obs[GIVEN].astype(str)
+        adata.obs[GIVEN] = labels.where(labels != "B", HIDDEN)
+        return {"labels": ["B", f"of {seed}"]}
+
+    rows = {"a": Settings(), "without B": Settings(prepare=without_b)}
+    found = quick(rows, n_per_label=5, score=count_given)
+    values = found.pivot_table("value", "setting", "metric")
+    assert values["given"].to_dict() == {"a": 15, "without B": 10}
+    assert values["labels"].to_dict() == {"a": 3, "without B": 4}
 
 
 def test_missing_labels_are_refused():
