@@ -10,7 +10,7 @@ the inference of a cell given a model, not of training; see
 Ranks of states alone do not see a posterior that is the prior. Those of the log likelihood and of
 the log joint density do, as they depend on data (Modrák et al. 2023, arXiv 2211.02383).
 
-Two posteriors come with it. :func:`from_guide` asks whether q is calibrated; a mean-field or
+Three posteriors come with it. :func:`from_guide` asks whether q is calibrated; a mean-field or
 amortised q may rightly fail. :class:`FromWeights` corrects q by the density of the model, and asks
 whether that density is the one that simulates. It is exact for any number M of proposals: M - 1
 draws of q and the truth h_0 are a pool, and given the pool the truth is one of it with
@@ -22,7 +22,7 @@ as are further indices that are drawn with these weights. So truth and draws are
 ranks are uniform where model and simulation agree, however bad q is (Besag & Clifford 1989,
 Biometrika 76:633, on exact tests; the pool is one step of iterated sampling-importance-resampling,
 Tjelmeland 2004, Andrieu et al. 2018, Bernoulli 24:842). A bad q costs power, which `effective`
-tells.
+tells. :class:`~pyro_scanvi.criticism.chain.FromChain` is as exact, and has power then too.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,7 +56,8 @@ class Drawn:
     values
         Draws of each state, (S, N, ...).
     effective
-        Effective number of proposals of each cell, (N,); None where nothing is weighed.
+        Effective number of proposals, or of draws, of each cell, (N,); None where draws are
+        independent.
     """
 
     values: Values
@@ -132,7 +133,8 @@ def simulation_based_calibration(
     n_draws
         Draws S for each of them; ranks are 0 to S.
     posterior
-        :func:`from_guide`, ``FromWeights(...)``, or one of one's own; see :class:`Posterior`.
+        :func:`from_guide`, ``FromWeights(...)``, ``FromChain()``, or one of one's own; see
+        :class:`Posterior`.
     batch
         Code of the cells' batch; other covariates are 0.
     library

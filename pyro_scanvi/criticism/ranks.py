@@ -44,8 +44,8 @@ class Calibration:
     n_draws
         Number S of draws.
     effective
-        Of posteriors that weigh, the effective number of proposals of each simulation; None of
-        others. Where it is near 1 the draws are mostly the truth itself, and nothing is tested.
+        Effective number of proposals, or of draws of a chain, of each simulation; None where draws
+        are independent. Where it is near 1 the draws are mostly the truth, and nothing is tested.
     """
 
     ranks: pd.DataFrame
