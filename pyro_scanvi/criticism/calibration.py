@@ -94,6 +94,15 @@ class FromWeights:
 
     def __call__(self, story: Story, cells: Cells, n_draws: int, truth: Values) -> Drawn:
         """Exact where the model's density is that which simulates; see the module."""
+        most = at_once(numbers(story.vae, self.n_proposals), PASS_ELEMENTS)
+        found = [
+            self._of(story, rows(cells, at), n_draws, {name: v[at] for name, v in truth.items()})
+            for at in _slices(len(cells), most)
+        ]
+        values = {name: torch.cat([f.values[name] for f in found], 1) for name in truth}
+        return Drawn(values, torch.cat([f.effective for f in found if f.effective is not None]))
+
+    def _of(self, story: Story, cells: Cells, n_draws: int, truth: Values) -> Drawn:
         pool = story.draws(cells, self.n_proposals)
         pool = {name: _with_first(value, truth[name]) for name, value in pool.items()}
         log_weight = story.log_weights(cells, pool)
@@ -170,7 +179,7 @@ def simulation_based_calibration(
         story = Story.drawn(vae, cells)
         truth, cells = Story(teller, story.shared).told(cells)
         ask = _Asked(story, posterior, n_draws, dict(quantities or {}))
-        size = at_once(_numbers(vae, n_draws, posterior), PASS_ELEMENTS)
+        size = at_once(numbers(vae, 1 + n_draws), PASS_ELEMENTS)
         sizes = track(_slices(n_simulations, size), "calibrating", disable=not progress_bar)
         found = [ask(rows(cells, at), {n: v[at] for n, v in truth.items()}) for at in sizes]
     return _joined(found, n_draws)
@@ -234,10 +243,9 @@ def _slices(n: int, most: int) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in zip(starts, starts[1:], strict=False)]
 
 
-def _numbers(vae: SCANVAE, n_draws: int, posterior: Posterior) -> int:
-    """In the largest tensor of one cell."""
-    n = max(n_draws + 1, getattr(posterior, "n_proposals", 1))
-    return n * max(vae.n_input, vae.n_hidden)
+def numbers(vae: SCANVAE, n_draws: int) -> int:
+    """In the largest tensor of one cell at so many draws."""
+    return n_draws * max(vae.n_input, vae.n_hidden)
 
 
 def _check_drawn(values: Values, truth: Values, n_draws: int) -> None:

@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pyro.distributions import Dirichlet, OneHotCategorical
+from pyro.distributions import Dirichlet
 from scipy.stats import binom
-from torch import nn
 from torch.distributions import kl_divergence
 
 from pyro_scanvi import SCANVAE, InputError
@@ -18,28 +17,11 @@ from pyro_scanvi.criticism.fitted import (
     parameters_of_guide,
 )
 from pyro_scanvi.model.label_noise import FixedNoise, LabelSizes
-from tests.criticism.examples import Conjugate, conjugate
+from tests.criticism.examples import Frequencies, conjugate
 
 FALSE_ALARM = 0.01
 N = 20
 RUN = {"n_cells": N, "n_labelled": N, "library": 1.0, "n_draws": 49, "progress_bar": False}
-
-
-class Frequencies(Conjugate):
-    """pi ~ Dirichlet(2, 2, 2); the posterior given all labels is Dirichlet(2 + their numbers)."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.log_concentration = nn.Parameter(torch.full((self.n_labels,), 2.0).log())
-
-    def p_shared(self):
-        return {"pi": Dirichlet(torch.full((self.n_labels,), 2.0))}
-
-    def q_shared(self):
-        return {"pi": Dirichlet(self.log_concentration.exp())}
-
-    def p_y(self, cells):
-        return OneHotCategorical(cells.shared["pi"])
 
 
 def numbers(cells):
