@@ -10,7 +10,7 @@ the inference of a cell given a model, not of training; see
 Ranks of states alone do not see a posterior that is the prior. Those of the log likelihood and of
 the log joint density do, as they depend on data (Modrák et al. 2023, arXiv 2211.02383).
 
-Two posteriors come with it. :func:`from_guide` asks whether q is calibrated; a mean-field or
+Three posteriors come with it. :func:`from_guide` asks whether q is calibrated; a mean-field or
 amortised q may rightly fail. :class:`FromWeights` corrects q by the density of the model, and asks
 whether that density is the one that simulates. It is exact for any number M of proposals: M - 1
 draws of q and the truth h_0 are a pool, and given the pool the truth is one of it with
@@ -22,7 +22,7 @@ as are further indices that are drawn with these weights. So truth and draws are
 ranks are uniform where model and simulation agree, however bad q is (Besag & Clifford 1989,
 Biometrika 76:633, on exact tests; the pool is one step of iterated sampling-importance-resampling,
 Tjelmeland 2004, Andrieu et al. 2018, Bernoulli 24:842). A bad q costs power, which `effective`
-tells.
+tells. :class:`~pyro_scanvi.criticism.chain.FromChain` is as exact, and has power then too.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,7 +56,8 @@ class Drawn:
     values
         Draws of each state, (S, N, ...).
     effective
-        Effective number of proposals of each cell, (N,); None where nothing is weighed.
+        Effective number of proposals, or of draws, of each cell, (N,); None where draws are
+        independent.
     """
 
     values: Values
@@ -93,6 +94,15 @@ class FromWeights:
 
     def __call__(self, story: Story, cells: Cells, n_draws: int, truth: Values) -> Drawn:
         """Exact where the model's density is that which simulates; see the module."""
+        most = at_once(numbers(story.vae, self.n_proposals), PASS_ELEMENTS)
+        found = [
+            self._of(story, rows(cells, at), n_draws, {name: v[at] for name, v in truth.items()})
+            for at in _slices(len(cells), most)
+        ]
+        values = {name: torch.cat([f.values[name] for f in found], 1) for name in truth}
+        return Drawn(values, torch.cat([f.effective for f in found if f.effective is not None]))
+
+    def _of(self, story: Story, cells: Cells, n_draws: int, truth: Values) -> Drawn:
         pool = story.draws(cells, self.n_proposals)
         pool = {name: _with_first(value, truth[name]) for name, value in pool.items()}
         log_weight = story.log_weights(cells, pool)
@@ -132,7 +142,8 @@ def simulation_based_calibration(
     n_draws
         Draws S for each of them; ranks are 0 to S.
     posterior
-        :func:`from_guide`, ``FromWeights(...)``, or one of one's own; see :class:`Posterior`.
+        :func:`from_guide`, ``FromWeights(...)``, ``FromChain()``, or one of one's own; see
+        :class:`Posterior`.
     batch
         Code of the cells' batch; other covariates are 0.
     library
@@ -168,7 +179,7 @@ def simulation_based_calibration(
         story = Story.drawn(vae, cells)
         truth, cells = Story(teller, story.shared).told(cells)
         ask = _Asked(story, posterior, n_draws, dict(quantities or {}))
-        size = at_once(_numbers(vae, n_draws, posterior), PASS_ELEMENTS)
+        size = at_once(numbers(vae, 1 + n_draws), PASS_ELEMENTS)
         sizes = track(_slices(n_simulations, size), "calibrating", disable=not progress_bar)
         found = [ask(rows(cells, at), {n: v[at] for n, v in truth.items()}) for at in sizes]
     return _joined(found, n_draws)
@@ -232,10 +243,9 @@ def _slices(n: int, most: int) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in zip(starts, starts[1:], strict=False)]
 
 
-def _numbers(vae: SCANVAE, n_draws: int, posterior: Posterior) -> int:
-    """In the largest tensor of one cell."""
-    n = max(n_draws + 1, getattr(posterior, "n_proposals", 1))
-    return n * max(vae.n_input, vae.n_hidden)
+def numbers(vae: SCANVAE, n_draws: int) -> int:
+    """In the largest tensor of one cell at so many draws."""
+    return n_draws * max(vae.n_input, vae.n_hidden)
 
 
 def _check_drawn(values: Values, truth: Values, n_draws: int) -> None:

@@ -34,13 +34,19 @@ from rich.progress import track
 from torch import Tensor
 
 from pyro_scanvi.criticism.optional import arviz_base, arviz_stats
-from pyro_scanvi.criticism.predictive import observed_sites
 from pyro_scanvi.criticism.story import Story, Values, shared_draws, states_of
 from pyro_scanvi.data.minibatches import CellData, Cells, ordered_loader, total_counts
 from pyro_scanvi.estimator.scanvi import SCANVI
 from pyro_scanvi.model.pyro_internals import Site, in_cells, own_sites
 from pyro_scanvi.model.scanvae import SCANVAE
-from pyro_scanvi.posterior.draws import at_once, evaluating, minibatch_size, parts, seeded
+from pyro_scanvi.posterior.draws import (
+    at_once,
+    evaluating,
+    minibatch_size,
+    observed_sites,
+    parts,
+    seeded,
+)
 from pyro_scanvi.posterior.importance import PASS_ELEMENTS
 from pyro_scanvi.posterior.traces import TraceWeights, site_log_prob
 from pyro_scanvi.validation import InputError, check_at_least, check_flags, plain_arguments

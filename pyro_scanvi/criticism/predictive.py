@@ -20,10 +20,17 @@ from rich.progress import track
 from torch import Tensor
 
 from pyro_scanvi.data.minibatches import CellData, Cells, ordered_loader
-from pyro_scanvi.model.pyro_internals import Site, elements, in_cells, is_plate
+from pyro_scanvi.model.pyro_internals import Site, elements
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.names import name_of
-from pyro_scanvi.posterior.draws import Draws, evaluating, minibatch_size, passes, seeded
+from pyro_scanvi.posterior.draws import (
+    Draws,
+    evaluating,
+    minibatch_size,
+    observed_sites,
+    passes,
+    seeded,
+)
 from pyro_scanvi.posterior.trained import Trained
 from pyro_scanvi.validation import InputError, check_at_least, check_known, plain_arguments
 
@@ -148,19 +155,6 @@ def posterior_predictive_checks(
         pd.concat(tables, ignore_index=True) for tables in zip(*found, strict=True)
     )
     return PredictiveChecks(features, totals, coverage)
-
-
-def observed_sites(sites: dict[str, Site]) -> dict[str, Site]:
-    """What is seen of cells: observed sites with numbers; what is known of labels is none."""
-    return {
-        name: site
-        for name, site in sites.items()
-        if site["type"] == "sample"
-        and not is_plate(site)
-        and site["is_observed"]
-        and in_cells(site)
-        and site["value"].numel()
-    }
 
 
 @dataclass

@@ -44,8 +44,8 @@ class Calibration:
     n_draws
         Number S of draws.
     effective
-        Of posteriors that weigh, the effective number of proposals of each simulation; None of
-        others. Where it is near 1 the draws are mostly the truth itself, and nothing is tested.
+        Effective number of proposals, or of draws of a chain, of each simulation; None where draws
+        are independent. Where it is near 1 the draws are mostly the truth, and nothing is tested.
     """
 
     ranks: pd.DataFrame
@@ -127,7 +127,7 @@ class Calibration:
         low, high = binom.ppf([[level / 2], [1 - level / 2]], len(ranks), share)
         ax.stairs(high, edges, baseline=low, fill=True, color="lightgrey", label="uniform")
         ax.stairs(np.histogram(ranks, edges - 0.5)[0], edges, color="C0", label="ranks")
-        ax.set(xlabel=f"rank of {quantity} of {_named(site)}", ylabel="simulations")
+        ax.set(xlabel=f"rank of {quantity} of {site}", ylabel="simulations")
         return ax
 
     def plot_ecdf(
@@ -141,7 +141,7 @@ class Calibration:
         share = points / (self.n_draws + 1)
         ax.fill_between(share, low - share, high - share, color="lightgrey", label="uniform")
         ax.plot(share, _below(ranks, points) / len(ranks) - share, color="C0", label="ranks")
-        ax.set(xlabel=f"rank of {quantity} of {_named(site)} / (S + 1)", ylabel="ECDF difference")
+        ax.set(xlabel=f"rank of {quantity} of {site} / (S + 1)", ylabel="ECDF difference")
         return ax
 
     def to_datatree(self, seed: int = 0) -> Any:
@@ -249,10 +249,6 @@ def tidy(ranks: Mapping[tuple[str, str], np.ndarray]) -> pd.DataFrame:
         for (s, q), r in ranks.items()
     ]
     return pd.concat(parts, ignore_index=True)
-
-
-def _named(site: str) -> str:
-    return site or "all"
 
 
 def _n_nulls(smallest: float) -> int:

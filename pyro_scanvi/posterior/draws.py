@@ -1,6 +1,6 @@
 """What all questions share: draws from the guide, decoding, minibatches, seeds."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,7 +13,15 @@ from torch.distributions import Distribution
 
 from pyro_scanvi.data.minibatches import CellData, Cells, ordered_loader
 from pyro_scanvi.model.likelihoods import CountParameters
-from pyro_scanvi.model.pyro_internals import Site, element_log_prob, elements, samples, sites
+from pyro_scanvi.model.pyro_internals import (
+    Site,
+    element_log_prob,
+    elements,
+    in_cells,
+    is_plate,
+    samples,
+    sites,
+)
 from pyro_scanvi.model.scanvae import SCANVAE, evaluated
 from pyro_scanvi.threads import as_told
 from pyro_scanvi.validation import InputError, check_at_least, check_seed, positions_of
@@ -79,6 +87,19 @@ class Draws:
                 f"draws {', '.join(sorted(unread))} too; ask for the model's own site, by "
                 "posterior_predictive_sample or get_likelihood_parameters"
             )
+
+
+def observed_sites(model: Mapping[str, Site]) -> dict[str, Site]:
+    """What is seen of cells: observed sites with numbers; what is known of labels is none."""
+    return {
+        name: site
+        for name, site in model.items()
+        if site["type"] == "sample"
+        and not is_plate(site)
+        and site["is_observed"]
+        and in_cells(site)
+        and site["value"].numel()
+    }
 
 
 def batch_codes(names: str | Sequence[str] | None, batches: Iterable) -> list[int | None]:

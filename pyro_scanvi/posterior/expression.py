@@ -22,6 +22,7 @@ from pyro_scanvi.posterior.draws import (
     check_weights,
     mean_over_samples,
     minibatch_size,
+    observed_sites,
     over_minibatches,
     passes,
     seeded,
@@ -331,9 +332,7 @@ def predictive_sample(
 
 def _observed_site(model: Mapping[str, Site], name: str) -> Distribution:
     """The distribution of an observed site; other sites are refused."""
-    known = [n for n, s in model.items() if s["type"] == "sample" and s["is_observed"]]
-    known = [n for n in known if not n.endswith("_observed")]  # what is known of a label
-    check_known([name], known, "an observed site of the model", InputError)
+    check_known([name], observed_sites(model), "an observed site of the model", InputError)
     return model[name]["fn"]
 
 

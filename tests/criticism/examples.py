@@ -1,8 +1,8 @@
 """Models whose posterior is known, and models that are broken on purpose."""
 
 import torch
-from pyro.distributions import Normal, OneHotCategorical
-from torch import Tensor
+from pyro.distributions import Dirichlet, Normal, OneHotCategorical
+from torch import Tensor, nn
 
 from pyro_scanvi import SCANVAE
 from pyro_scanvi.model.distributions import NegativeBinomial
@@ -45,6 +45,23 @@ class Prior(Conjugate):
 
     def q_z(self, cells):
         return Normal(torch.zeros_like(cells.x), 1.0).to_event(1)
+
+
+class Frequencies(Conjugate):
+    """pi ~ Dirichlet(2, 2, 2); the posterior given all labels is Dirichlet(2 + their numbers)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.log_concentration = nn.Parameter(torch.full((self.n_labels,), 2.0).log())
+
+    def p_shared(self):
+        return {"pi": Dirichlet(torch.full((self.n_labels,), 2.0))}
+
+    def q_shared(self):
+        return {"pi": Dirichlet(self.log_concentration.exp())}
+
+    def p_y(self, cells):
+        return OneHotCategorical(cells.shared["pi"])
 
 
 class WrongDensity(NegativeBinomial):

@@ -5,8 +5,10 @@ Each test of a right model would fail for one seed in a hundred (FALSE_ALARM); s
 
 import numpy as np
 import pandas as pd
+import pyro
 import pytest
 import torch
+from pyro.distributions import Normal, Poisson
 from scipy.stats import binom, chisquare
 
 from pyro_scanvi import InputError
@@ -18,7 +20,16 @@ from pyro_scanvi.criticism.calibration import (
 )
 from pyro_scanvi.criticism.optional import arviz_plots
 from pyro_scanvi.criticism.ranks import Calibration, band, p_value
-from tests.criticism.examples import OFF, Narrow, Prior, conjugate, counts
+from tests.criticism.examples import (
+    NOISE,
+    OFF,
+    Conjugate,
+    Frequencies,
+    Narrow,
+    Prior,
+    conjugate,
+    counts,
+)
 from tests.examples import small_vae
 
 FALSE_ALARM = 0.01
@@ -83,6 +94,45 @@ def test_a_latent_library_is_drawn_and_ranked():
     vae = counts(use_observed_lib_size=False, library_log_means=[3.0], library_log_vars=[0.1])
     found = simulation_based_calibration(vae, posterior=POOL, **(RUN | {"library": None}))
     assert "l" in set(found.ranks["site"]) and failing(found) == set()
+
+
+class Own(Conjugate):
+    """A story of its own, with a state that the guide does not draw."""
+
+    def model(self, cells):
+        with self.plate(cells):
+            zeros = torch.zeros(len(cells), 1)
+            w = pyro.sample("w", Normal(zeros, 1.0).to_event(1))
+            z = pyro.sample("z", Normal(w + torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", Normal(z, NOISE).to_event(1), obs=cells.x)
+
+    def guide(self, cells):
+        with self.plate(cells):
+            pyro.sample("z", Normal(cells.x, 2 * NOISE).to_event(1))
+
+
+class TwoModalities(Conjugate):
+    """A second modality, which the encoder does not see."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, n_extra={"protein": 1}, **kwargs)
+
+    def observed(self, z, library, y, cells):
+        p = Poisson((2 + 1.5 * z[..., :1]).exp()).to_event(1)
+        return super().observed(z, library, y, cells) | {"protein": (p, cells.extra["protein"])}
+
+
+@pytest.mark.parametrize("kind", [Own, TwoModalities])
+def test_models_of_ones_own_are_told_and_weighed(kind):
+    found = simulation_based_calibration(conjugate(kind), posterior=POOL, **RUN)
+    assert failing(found) == set()
+    by_guide = simulation_based_calibration(conjugate(kind), **RUN)
+    assert "data" in failing(by_guide)  # it lacks what w, or the protein, says of z
+
+
+def test_what_all_share_is_held_at_one_draw():
+    found = simulation_based_calibration(conjugate(Frequencies), posterior=POOL, **RUN)
+    assert failing(found) == set() and "pi" not in set(found.ranks["site"])
 
 
 def test_twice_the_dispersion_is_found():

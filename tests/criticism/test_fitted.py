@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pyro.distributions import Dirichlet, OneHotCategorical
+from pyro.distributions import Dirichlet
 from scipy.stats import binom
-from torch import nn
 from torch.distributions import kl_divergence
 
 from pyro_scanvi import SCANVAE, InputError
@@ -18,28 +17,11 @@ from pyro_scanvi.criticism.fitted import (
     parameters_of_guide,
 )
 from pyro_scanvi.model.label_noise import FixedNoise, LabelSizes
-from tests.criticism.examples import Conjugate, conjugate
+from tests.criticism.examples import Frequencies, conjugate
 
 FALSE_ALARM = 0.01
 N = 20
 RUN = {"n_cells": N, "n_labelled": N, "library": 1.0, "n_draws": 49, "progress_bar": False}
-
-
-class Frequencies(Conjugate):
-    """pi ~ Dirichlet(2, 2, 2); the posterior given all labels is Dirichlet(2 + their numbers)."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.log_concentration = nn.Parameter(torch.full((self.n_labels,), 2.0).log())
-
-    def p_shared(self):
-        return {"pi": Dirichlet(torch.full((self.n_labels,), 2.0))}
-
-    def q_shared(self):
-        return {"pi": Dirichlet(self.log_concentration.exp())}
-
-    def p_y(self, cells):
-        return OneHotCategorical(cells.shared["pi"])
 
 
 def numbers(cells):
@@ -62,14 +44,14 @@ def failing(found):
 
 
 def test_the_exact_posterior_passes():
-    ranked = {"quantities": {"log likelihood": log_likelihood}, "n_simulations": 100, "seed": 0}
+    ranked = {"quantities": {"log likelihood": log_likelihood}, "n_simulations": 60, "seed": 0}
     found = calibration_of_fits(conjugate(Frequencies), exact, **RUN, **ranked)
     assert failing(found) == set()
     assert set(found.ranks["quantity"]) == {"pi[0]", "pi[1]", "pi[2]", "log likelihood"}
 
 
 def test_a_fit_that_does_nothing_is_seen_by_a_quantity_of_the_data_alone():
-    ranked = {"quantities": {"log likelihood": log_likelihood}, "n_simulations": 100, "seed": 0}
+    ranked = {"quantities": {"log likelihood": log_likelihood}, "n_simulations": 60, "seed": 0}
     found = calibration_of_fits(conjugate(Frequencies), lambda vae, _: vae, **RUN, **ranked)
     assert failing(found) == {"log likelihood"}
 
@@ -80,19 +62,19 @@ def test_a_fit_that_counts_each_cell_twice_fails():
             vae.log_concentration.copy_((2.0 + 4 * numbers(cells)).log())
         return vae
 
-    found = calibration_of_fits(conjugate(Frequencies), twice, n_simulations=100, seed=0, **RUN)
+    found = calibration_of_fits(conjugate(Frequencies), twice, n_simulations=60, seed=0, **RUN)
     assert failing(found) >= {"pi[0]"}
 
 
 def test_the_guide_is_fitted_to_the_posterior():
-    """The minimum of its ELBO is the posterior: the KL from it falls to a quarter on the way."""
+    """The minimum of its ELBO is the posterior: the KL from it falls to a third on the way."""
     vae = conjugate(Frequencies)
     cells = replace(vae.unseen(N, library=1.0), label=torch.arange(N) % 4 % 3)
     posterior = Dirichlet(2.0 + numbers(cells))
     before = kl_divergence(vae.q_shared()["pi"], posterior)
     torch.manual_seed(0)
-    FitGuide(n_steps=60, lr=0.1)(vae, cells)
-    assert kl_divergence(vae.q_shared()["pi"], posterior) < before / 4
+    FitGuide(n_steps=40, lr=0.1)(vae, cells)
+    assert kl_divergence(vae.q_shared()["pi"], posterior) < before / 3
 
 
 def test_the_guide_alone_is_fitted():

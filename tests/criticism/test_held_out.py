@@ -1,6 +1,7 @@
 """Held-out likelihood against one that is known in closed form."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from pyro.distributions import Normal
 from torch.distributions import MultivariateNormal
 
-from pyro_scanvi import SCANVAE, SCANVI, InputError
+from pyro_scanvi import SCANVAE, SCANVI, InputError, criticism
 from pyro_scanvi.criticism.held_out import held_out_likelihood
 from tests.examples import as_they_are, simulated, small_model
+from tests.test_architecture import imported
 
 RUN = {"seed": 0, "progress_bar": False}
 
@@ -98,3 +100,9 @@ def test_without_arviz_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("pyro_scanvi.criticism.optional.import_module", without)
     with pytest.raises(ImportError, match=r'pip install "pyro-scanvi\[arviz\]"'):
         held_out_likelihood(linear(), indices=[0], **RUN)
+
+
+def test_the_package_is_imported_without_arviz():
+    files = Path(criticism.__file__).parent.glob("*.py")
+    imports = {name for file in files for name in imported(file)}
+    assert not [name for name in imports if name.startswith("arviz")]

@@ -311,8 +311,9 @@ def test_any_observed_site_is_drawn_from(models):
     assert model.posterior_predictive_sample(site="protein").shape == (60, 3)
     with pytest.raises(InputError, match="'protien' is not an observed site.*did you mean"):
         model.posterior_predictive_sample(site="protien")
-    with pytest.raises(InputError, match="'z' is not an observed site"):
-        model.posterior_predictive_sample(site="z")
+    for site in ("z", "label"):  # what is known of a label is not drawn
+        with pytest.raises(InputError, match=f"'{site}' is not an observed site"):
+            model.posterior_predictive_sample(site=site)
     with pytest.raises(InputError, match="has no genes; leave it out"):
         model.posterior_predictive_sample(site="protein", gene_list=["gene1"])
 
