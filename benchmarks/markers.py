@@ -4,14 +4,15 @@
         [--seeds 0 1 2 3 4] [--epochs 60] [--out markers.csv]
 
 Ten labels of each type are given. Of each type of --markers in turn they are hidden again, and its
-hidden cells are looked for: with nothing but the type's name ("declared"), with ten cells chosen by
-the markers ("markers"), and with the ten labels themselves ("labelled").
+hidden cells are looked for: with nothing but the type's name ("declared"), with ten or thirty cells
+chosen by the markers ("markers, 10"), and with the ten labels themselves ("labelled").
 """
 
 import argparse
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pyro_scanvi.experiments import Settings, compare, markdown, summary
 from pyro_scanvi.experiments.comparing import GIVEN, HIDDEN, Trial
 from pyro_scanvi.extensions import marker_labels
 
-N_CELLS = 10
+N_CELLS = (10, 30)
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,10 @@ class Withheld:
         adata.obs[GIVEN] = labels.where(labels != self.name, HIDDEN)
         return {"labels": self.types}
 
-    def by_markers(self, adata: ad.AnnData, seed: int) -> Mapping[str, Any]:
-        """Ten cells that express its markers."""
-        told = self.declared(adata, seed)
-        adata.obs[GIVEN] = marker_labels(
-            adata, GIVEN, HIDDEN, {self.name: self.markers}, n_cells=N_CELLS
-        )
+    def by_markers(self, adata: ad.AnnData, seed: int, n_cells: int) -> Mapping[str, Any]:
+        """Some cells that express its markers most."""
+        told, markers = self.declared(adata, seed), {self.name: self.markers}
+        adata.obs[GIVEN] = marker_labels(adata, GIVEN, HIDDEN, markers, n_cells=n_cells)
         return told
 
     def scores(self, trial: Trial, model: SCANVI) -> Iterator[tuple[str, float]]:
@@ -79,8 +78,10 @@ def main() -> None:
         ways = {
             "labelled": Settings(),
             "declared": Settings(prepare=withheld.declared),
-            "markers": Settings(prepare=withheld.by_markers),
         }
+        for n in N_CELLS:
+            chosen = partial(withheld.by_markers, n_cells=n)
+            ways[f"markers, {n}"] = Settings(prepare=chosen)
         plan = {"classification_ratio": 500.0}
         frame = compare(
             ways,

@@ -188,11 +188,17 @@ def test_compression_is_kept():
 # ---- folders and paths --------------------------------------------------------------------------
 
 
+def first_two(adata, seed):
+    """In place of a UMAP, which takes longer to compile than all tests of a file to run."""
+    adata.obsm["X_umap"] = adata.obsm["X_scanvi"][:, :2]
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_home(cells, folder, monkeypatch, suffix):
     """A shell fills in no ~ after an equals sign or in quotes."""
     Path("home/sub").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.setattr(plotting, "compute_umap", first_two)
     shutil.move(f"in.{suffix}", "home")
     result = annotate(f"~/in.{suffix}", f"~/sub/out.{suffix}", "--report=~/reports/1")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -293,6 +299,7 @@ def test_no_place_for_pictures(cells, folder, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", fail)
+    monkeypatch.setattr(plotting, "compute_umap", first_two)
     result = annotate("in.h5ad", "out.h5ad", "--report", "report")
     left = ["in.h5ad", "in.zarr", "out.h5ad", "report"]
     assert_refused(folder, result, "umap.png cannot be written: No space left on device", left)
@@ -411,9 +418,6 @@ def test_pictures_of_any_labels(monkeypatch, labels, options, expected):
     """Given labels and predictions are both categories, so that a type has one colour."""
     seen = {}
 
-    def compute_umap(adata, seed):  # the real one takes a second
-        adata.obsm["X_umap"] = adata.obsm["X_scanvi"][:, :2]
-
     draw = plotting.umap_figure
 
     def note(adata, columns, unlabeled):
@@ -422,7 +426,7 @@ def test_pictures_of_any_labels(monkeypatch, labels, options, expected):
         return draw(adata, columns, unlabeled)
 
     monkeypatch.setattr(plotting, "umap_figure", note)
-    monkeypatch.setattr(plotting, "compute_umap", compute_umap)
+    monkeypatch.setattr(plotting, "compute_umap", first_two)
     adata = simulated(N, G)
     column = pd.Series(labels).convert_dtypes().take(np.arange(N) % 3)
     adata.obs["cell_type"] = column.set_axis(adata.obs_names)

@@ -63,6 +63,7 @@ VALUES = {
     "return_numpy": True,
     "pseudocounts": 0.01,
     "silent": True,
+    "confidence": 0.4,
 }
 NESTED = {
     "y_prior": [0.25, 0.25, 0.5],

@@ -74,9 +74,9 @@ def test_it_is_resumed_in_its_turn(tmp_path, epoch):
 def test_whether_early_stopping_counts(watched):
     """Without learning, no epoch is better than that before it by the threshold."""
     still = {"plan_kwargs": {"lr": 0.0}, "early_stopping": True, "early_stopping_patience": 0}
-    long = replace(BETWEEN, n_epochs=lambda settings: 40, watched=watched)
+    long = replace(BETWEEN, n_epochs=lambda settings: 12, watched=watched)
     splits = train((long,), **still).history["split"]
-    assert (splits.value_counts()["between"] < 40) == watched
+    assert (splits.value_counts()["between"] < 12) == watched
 
 
 @pytest.mark.parametrize("learns", [True, False])
