@@ -66,16 +66,16 @@ ROWS: dict[str, Settings] = {
 
 
 def scores(trial: Trial, model: SCANVI) -> Iterator[tuple[str, float]]:
-    """Those of every comparison, and of Bayes' rule on the same cells."""
+    """Those of every comparison, and of Bayes' rule on the same cells, both ways."""
     yield from trial.scores(model)
-    hidden = trial.training.obs[GIVEN].to_numpy() == HIDDEN
+    hidden = (trial.training.obs[GIVEN] == HIDDEN).to_numpy().nonzero()[0]
     truth = trial.training.obs[trial.truth].astype(str).to_numpy()[hidden]
-    soft = model.predict(
-        indices=hidden.nonzero()[0], soft=True, method="bayes", n_mc_samples=N_DRAWS, seed=0
-    )
-    code = pd.Index(soft.columns.astype(str)).get_indexer(truth)
-    for name, value in label_scores(code, soft.to_numpy()).items():
-        yield f"bayes_{name}", value
+    for method in ("bayes", "states"):
+        arguments = {"method": method, "n_mc_samples": N_DRAWS, "seed": 0}
+        soft = model.predict(indices=hidden, soft=True, **arguments)
+        code = pd.Index(soft.columns.astype(str)).get_indexer(truth)
+        for name, value in label_scores(code, soft.to_numpy()).items():
+            yield f"{method}_{name}", value
 
 
 def n_lines(part: object) -> int:

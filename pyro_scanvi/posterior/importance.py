@@ -14,6 +14,12 @@ The inner mean is unbiased, so the outer one is too (nested importance sampling;
 2015, ICML, arXiv 1502.02536). Its logarithm lies below :math:`\log p(x, y)` in expectation, above
 the ELBO, and rises with S and with M (Burda et al. 2016, ICLR, arXiv 1509.00519, theorem 1).
 
+Where few of the draws of z carry all the weight, so do they the labels. With q(z | x) taken for the
+posterior of z no weights are needed, :func:`label_posterior_of_states`:
+
+.. math:: \mathbb E_{q(z, l \mid x)}\, p(y \mid z, l, x), \qquad
+    p(y \mid z, l, x) \propto p(y)\, p(z \mid y)\, p(x \mid z, l, y).
+
 What is read are the factors ``p_*`` and ``q_*`` of the model and what it has ``observed``, all
 modalities together. Sites outside the plate of cells are drawn from their posterior: the density
 is that of new cells, :math:`p(x \mid \text{data})`. Of a model or guide of one's own the sites are
@@ -56,6 +62,11 @@ class Estimate(Protocol):
     def log_joint(self, cells: Cells, n_samples: int, n_per_pass: int) -> Tensor:
         """(N, L) in nats, float64; (N, 1) where there are no labels."""
 
+    def label_given_states(
+        self, cells: Cells, n_samples: int, n_per_pass: int, feed_labels: bool
+    ) -> Tensor:
+        """Mean of p(y | z, l, x) over draws of the guide, (N, L), float64."""
+
 
 @dataclass(frozen=True)
 class Nested:
@@ -69,6 +80,15 @@ class Nested:
 
     def log_joint(self, cells: Cells, n_samples: int, n_per_pass: int) -> Tensor:
         return log_joint(self.vae, cells, n_samples, self.n_inner_samples, n_per_pass)
+
+    def label_given_states(
+        self, cells: Cells, n_samples: int, n_per_pass: int, feed_labels: bool
+    ) -> Tensor:
+        known = self.vae.evidence(cells) if feed_labels else cells.x.new_zeros(())
+        draws = _of_draws(self.vae, cells, n_samples, self.n_inner_samples, n_per_pass)
+        # Labels are the first dimension; evidence, (N, L), comes to (L, 1, N).
+        by_label = known.T.unsqueeze(-2) if feed_labels else known
+        return total((log_p + by_label).softmax(0).sum(-2) for _, log_p in draws).T / n_samples
 
 
 def marginal_log_likelihood(
@@ -111,6 +131,33 @@ def label_posterior(
     return _over_log_joint(vae, data, batch_size, n_samples, estimate, probabilities)
 
 
+def label_posterior_of_states(
+    vae: SCANVAE,
+    data: CellData,
+    batch_size: int,
+    n_samples: int,
+    n_inner_samples: int = N_INNER_SAMPLES,
+    feed_labels: bool = False,
+) -> np.ndarray:
+    r"""The mean of :math:`p(y \mid z, l, x)` over draws of the guide, of each cell, (N, L).
+
+    With `feed_labels` of :math:`p(y \mid z, l, x, e)`, with what is known of the label, e.
+
+    Raises
+    ------
+    InputError
+        For a ``model`` or ``guide`` of one's own, whose factors are not known.
+    """
+    estimate = _estimate(vae, n_inner_samples, by_label=True)
+
+    def ask(cells: Cells) -> Tensor:
+        n_per_pass = at_once(estimate.numbers_per_draw(cells), PASS_ELEMENTS)
+        return estimate.label_given_states(cells, n_samples, n_per_pass, feed_labels)
+
+    most = at_once(_numbers_of_a_cell(vae, data, estimate), PASS_ELEMENTS)
+    return over_minibatches(vae, data, min(batch_size, most), ask)
+
+
 def log_joint(
     vae: SCANVAE,
     cells: Cells,
@@ -139,18 +186,25 @@ def log_joint(
     Tensor
         (N, L) in nats, float64: sums over thousands of genes lose digits in float32.
     """
-    y = _every_label(vae, len(cells))  # L, 1, N, L
     if n_per_pass is None:
         n_per_pass = at_once(_numbers_per_draw(vae, cells, n_inner_samples), PASS_ELEMENTS)
-    log_sum = torch.full((), -math.inf, dtype=torch.float64, device=y.device)
+    log_sum = torch.full((), -math.inf, dtype=torch.float64, device=cells.x.device)
+    for log_weight, log_p in _of_draws(vae, cells, n_samples, n_inner_samples, n_per_pass):
+        log_sum = torch.logaddexp(log_sum, (log_weight + log_p).logsumexp(-2))  # L, N
+    return (log_sum - math.log(n_samples)).T
+
+
+def _of_draws(
+    vae: SCANVAE, cells: Cells, n_samples: int, n_inner_samples: int, n_per_pass: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each pass the weights of its draws, (S, N), and log p(y) p(x | z, l, y) p(z | y)."""
+    y = _every_label(vae, len(cells))  # L, 1, N, L
     for drawn, z, library, log_weight in _proposals(vae, cells, n_samples, n_per_pass):
         log_p_y = log_prob_of_events(vae.p_y(drawn), y)  # L, 1, N, or L, S, N
         seen = vae.observed(z, library, y, drawn).values()
         log_p_x = total(log_prob_of_events(p, value) for p, value in seen)  # S, N, or L, S, N
         log_p_z = log_state_density(vae, z, y, drawn, n_inner_samples)  # L, S, N
-        log_p = log_p_y + log_weight + log_p_x + log_p_z
-        log_sum = torch.logaddexp(log_sum, log_p.logsumexp(-2))  # L, N
-    return (log_sum - math.log(n_samples)).T
+        yield log_weight, log_p_y + log_p_x + log_p_z
 
 
 def log_state_density(vae: SCANVAE, z: Tensor, y: Tensor, cells: Cells, n_samples: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Which label has a cell? The classifier's answer, or that of Bayes' rule."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_scanvi.data.minibatches import CellData, Cells
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import minibatch_size, over_minibatches, seeded
-from pyro_scanvi.posterior.importance import label_posterior
+from pyro_scanvi.posterior.importance import label_posterior, label_posterior_of_states
 from pyro_scanvi.posterior.trained import Trained
 from pyro_scanvi.validation import (
     InputError,
@@ -60,13 +60,14 @@ class Labels(Trained):
         method
             "classifier" is q(y | z). "bayes" is p(y | x), the posterior of the model itself, by
             importance sampling (:mod:`pyro_scanvi.posterior.importance`); it never asks the
-            classifier.
+            classifier. "states" is p(y | z, x), the model's too, averaged over draws of the guide
+            without weights: less noise, if q(z | x) is taken for the posterior of z.
         keep_observed
             Take in what is known of the label of each cell: q(y | z, e) or p(y | x, e). An exact
             label is kept with probability 1; within a set of labels the model chooses; of a label
             that may be wrong (``label_noise``) it is the posterior of the label, not the noise.
         n_mc_samples
-            Draws of z for each cell; read by "bayes".
+            Draws of z for each cell; read by "bayes" and "states".
         seed
             Of what is drawn; None draws on from torch's generator.
         confidence
@@ -94,6 +95,7 @@ class Labels(Trained):
         methods: dict[str, Method] = {
             "classifier": ByClassifier(use_posterior_mean, keep_observed),
             "bayes": ByBayesRule(n_mc_samples, keep_observed),
+            "states": ByBayesRule(n_mc_samples, keep_observed, label_posterior_of_states),
         }
         ask = look_up(methods, method, "method")
         covariates, extra = ask.reads_covariates(self.module), ask.reads_extra
@@ -204,12 +206,13 @@ class ByBayesRule:
 
     n_mc_samples: int
     feed_labels: bool = False
+    posterior: Callable[..., np.ndarray] = label_posterior
     reads_extra: ClassVar[bool] = True
 
     def reads_covariates(self, vae: SCANVAE) -> bool:
         return True
 
     def __call__(self, vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
-        return label_posterior(
+        return self.posterior(
             vae, data, batch_size, self.n_mc_samples, feed_labels=self.feed_labels
         )

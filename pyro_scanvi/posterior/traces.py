@@ -77,6 +77,15 @@ class TraceWeights:
             log_sum = torch.logaddexp(log_sum, _by_label(log_weight, model))
         return (log_sum - math.log(n_samples)).T
 
+    def label_given_states(
+        self, cells: Cells, n_samples: int, n_per_pass: int, feed_labels: bool
+    ) -> Tensor:
+        """Refused: which sites of a story of one's own are the states is not known."""
+        raise InputError(
+            f"{type(self.vae).__name__} has a model or a guide of its own, of which "
+            "method='states' cannot read p(z | y); ask for method='bayes', which weighs all sites"
+        )
+
     def of_draws(
         self, cells: Cells, n_samples: int, shared: Mapping[str, Tensor] | None = None
     ) -> Tensor:

@@ -6,11 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import softmax
+from scipy.stats import multivariate_normal
 
-from pyro_scanvi import SCANVI, InputError
+from pyro_scanvi import SCANVAE, SCANVI, InputError
+from pyro_scanvi.extensions import WithoutU
 from pyro_scanvi.posterior.labels import partial_answers
 from tests.examples import SMALL, as_they_are, simulated, small_model
-from tests.posterior.examples import by_bayes
+from tests.posterior.examples import by_bayes, certain
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def test_prior_of_labels_shifts_log_odds(model):
     np.testing.assert_allclose(odds, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["classifier", "bayes"])
+@pytest.mark.parametrize("method", ["classifier", "bayes", "states"])
 def test_observed_labels_are_kept(method):
     """Those of half of the cells, here wrong ones; the others are predicted as ever."""
     adata = simulated(n=60)
@@ -124,3 +127,45 @@ def test_a_confidence_is_a_probability(model, changes):
 def test_names_and_probabilities_are_not_asked_at_once(model):
     with pytest.raises(InputError, match="one of them"):
         model.predict(soft=True, confidence=0.9)
+
+
+@pytest.fixture(scope="module")
+def without_u():
+    """p(z | y) is a Gaussian, and q(z | x) next to a point, so that all is known by hand."""
+    model = as_they_are(small_model(simulated(60), module_class=WithoutU, y_prior=[0.5, 0.3, 0.2]))
+    with torch.no_grad():
+        model.module.z_decoder.mean.weight.mul_(10)  # types that differ
+    return certain(model)
+
+
+def test_labels_given_states_are_those_of_gaussians(without_u):
+    z = without_u.get_latent_representation()
+    with torch.no_grad():
+        means, scales = without_u.module.z_decoder(torch.zeros(3, 0), torch.eye(3))
+    log_p = [
+        multivariate_normal(m, np.diag(s**2)).logpdf(z)
+        for m, s in zip(means.double().numpy(), scales.double().numpy(), strict=True)
+    ]
+    expected = softmax(np.array(log_p).T + np.log([0.5, 0.3, 0.2]), axis=1)
+    found = without_u.predict(soft=True, method="states", n_mc_samples=5, seed=0)
+    assert expected.max(1).min() < 0.9  # not all are sure
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_without_noise_in_the_states_weights_change_nothing(without_u):
+    """Draws are alike, so that each weighs the same."""
+    arguments = {"soft": True, "n_mc_samples": 5, "seed": 0}
+    states = without_u.predict(method="states", **arguments)
+    bayes = without_u.predict(method="bayes", **arguments)
+    np.testing.assert_allclose(states, bayes, atol=2e-3)
+
+
+class OwnGuide(SCANVAE):
+    def guide(self, cells):
+        super().guide(cells)
+
+
+def test_the_states_of_a_story_of_ones_own_are_not_known():
+    model = as_they_are(small_model(simulated(30), module_class=OwnGuide))
+    with pytest.raises(InputError, match="OwnGuide has a model or a guide of its own"):
+        model.predict(method="states")
