@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.distributions import Categorical, constraints
 
 from pyro_scanvi.criticism.ranks import Calibration, ranks_of, tidy
-from pyro_scanvi.criticism.story import Story, Values, rows, states_of
+from pyro_scanvi.criticism.story import Story, Values, numbers, rows, states_of
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import at_once, evaluating, parts, seeded
@@ -241,11 +241,6 @@ def elements_of(values: Values, one_hot: set[str]) -> dict[tuple[str, str], Tens
 def _slices(n: int, most: int) -> list[slice]:
     starts = np.cumsum([0, *parts(n, most)])
     return [slice(int(a), int(b)) for a, b in zip(starts, starts[1:], strict=False)]
-
-
-def numbers(vae: SCANVAE, n_draws: int) -> int:
-    """In the largest tensor of one cell at so many draws."""
-    return n_draws * max(vae.n_input, vae.n_hidden)
 
 
 def _check_drawn(values: Values, truth: Values, n_draws: int) -> None:

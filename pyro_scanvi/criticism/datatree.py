@@ -29,15 +29,14 @@ import anndata as ad
 import numpy as np
 import pyro
 import torch
-from pyro import poutine
 from rich.progress import track
 from torch import Tensor
 
 from pyro_scanvi.criticism.optional import arviz_base, arviz_stats
-from pyro_scanvi.criticism.story import Story, Values, shared_draws, states_of
+from pyro_scanvi.criticism.story import Story, Values, numbers, shared_draws, states_of, tell
 from pyro_scanvi.data.minibatches import CellData, Cells, ordered_loader, total_counts
 from pyro_scanvi.estimator.scanvi import SCANVI
-from pyro_scanvi.model.pyro_internals import Site, in_cells, own_sites
+from pyro_scanvi.model.pyro_internals import Site, own_sites
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import (
     at_once,
@@ -209,7 +208,7 @@ class _Drawing:
 
     def cells_at_once(self, cell: Cells) -> int:
         """How many cells make a pass of a few draws."""
-        return at_once(self._numbers(cell), PASS_ELEMENTS)
+        return at_once(numbers(self.vae, len(cell)), PASS_ELEMENTS)
 
     def of_all(self) -> dict[str, Values]:
         """What all cells share, (S, ...), by group."""
@@ -234,13 +233,8 @@ class _Drawing:
         blank = replace(cells.hide_labels(), size_factor=library)
 
         def ask(story: Story, n: int) -> dict[str, Values]:
-            model = poutine.uncondition(self.vae.model)
             with pyro.validation_enabled(False), pyro.plate("draws", n, dim=-2):
-                told = poutine.condition(model, data=story.shared)
-                sites = own_sites(poutine.trace(told).get_trace(blank))
-            of_cells = {m: s for m, s in sites.items() if in_cells(s) and s["value"].numel()}
-            seen = {m: s["value"] for m, s in of_cells.items() if s["infer"].get("was_observed")}
-            states = {m: s["value"] for m, s in of_cells.items() if m not in seen}
+                states, _, seen = tell(self.vae, blank, story.shared)
             return {"prior": states, "prior_predictive": seen}
 
         return self._in_passes(cells, self.prior_shared, ask)
@@ -248,10 +242,10 @@ class _Drawing:
     def _log_likelihood(self, cells: Cells) -> np.ndarray:
         """log p(x | what is shared), (S, N)."""
         weights, (n, k) = TraceWeights(self.vae, by_label=False), self._integrated
-        numbers, found, start = weights.numbers_per_draw(cells), [], 0
-        for size in parts(n, at_once(numbers, PASS_ELEMENTS)):
+        of_draw, found, start = weights.numbers_per_draw(cells), [], 0
+        for size in parts(n, at_once(of_draw, PASS_ELEMENTS)):
             given = {m: v[start : start + size] for m, v in self.shared.items()}
-            sizes = parts(k, at_once(numbers * size, PASS_ELEMENTS))
+            sizes = parts(k, at_once(of_draw * size, PASS_ELEMENTS))
             found.append(_log_means(weights, cells, size, sizes, given))
             start += size
         return torch.cat(found).expand(self.wanted.n, len(cells)).cpu().numpy()
@@ -262,16 +256,13 @@ class _Drawing:
         n, k = self.wanted.n, self.wanted.n_integration
         return (n, k) if self.shared else (1, n * k)
 
-    def _numbers(self, cells: Cells) -> int:
-        return len(cells) * max(self.vae.n_input, self.vae.n_hidden)
-
     def _in_passes(
         self, cells: Cells, shared: Values, ask: Callable[[Story, int], dict[str, Values]]
     ) -> dict[str, dict[str, np.ndarray]]:
         """What `ask` answers, a few draws at a time, joined along the draws."""
         found: Found = {}
         start = 0
-        for n in parts(self.wanted.n, at_once(self._numbers(cells), PASS_ELEMENTS)):
+        for n in parts(self.wanted.n, at_once(numbers(self.vae, len(cells)), PASS_ELEMENTS)):
             story = Story(self.vae, {m: v[start : start + n] for m, v in shared.items()})
             for group, values in ask(story, n).items():
                 for name, value in values.items():

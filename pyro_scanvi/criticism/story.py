@@ -146,6 +146,11 @@ def shared_draws(story: Callable, cells: Cells, n: int) -> Values:
     return {name: site["value"].reshape(n, 1, *events[name]) for name, site in found.items()}
 
 
+def numbers(vae: SCANVAE, n: int) -> int:
+    """In the largest tensor of so many draws of one cell, or of one draw of so many cells."""
+    return n * max(vae.n_input, vae.n_hidden)
+
+
 def rows(cells: Cells, at: slice) -> Cells:
     """Some of the cells."""
     n = len(cells)

@@ -35,10 +35,11 @@ from pyro_scanvi.experiments.running import (
     copy_of,
     tracked,
 )
-from pyro_scanvi.model.objective import Bound, ObjectiveParts
+from pyro_scanvi.model.objective import Bound
 from pyro_scanvi.model.objectives import (
     ELBO,
     IWAE,
+    BoundLoss,
     DifferentiableLoss,
     Objective,
     ObjectiveSettings,
@@ -68,25 +69,10 @@ class DrawnLabels:
     def __post_init__(self) -> None:
         PyroLoss(self.loss)  # refuses one without a gradient
 
-    def __call__(self, vae: SCANVAE, plan: ObjectiveSettings) -> "BoundDrawn":
+    def __call__(self, vae: SCANVAE, plan: ObjectiveSettings) -> BoundLoss:
         """The loss of this model; of the plan it reads whether labels are fed."""
-        return BoundDrawn(self.loss, vae, plan.feed_labels)
-
-
-class BoundDrawn:
-    """A loss of Pyro bound to a model whose guide marks nothing to be enumerated."""
-
-    kl_weight: float | None = None
-
-    def __init__(self, loss: DifferentiableLoss, vae: SCANVAE, feed_labels: bool):
-        self.loss, self.model, self.feed_labels = loss, vae.model, feed_labels
-        self.guide = poutine.infer_config(vae.guide, _drawn)
-
-    def parts(self, cells: Cells) -> ObjectiveParts:
-        """The loss, nats per cell."""
-        seen = cells if self.feed_labels else cells.hide_labels()
-        loss = self.loss.differentiable_loss(self.model, self.guide, seen)
-        return ObjectiveParts(loss / cells.n_obs)
+        guide = poutine.infer_config(vae.guide, _drawn)
+        return BoundLoss(self.loss, vae.model, guide, plan.feed_labels)
 
 
 def _drawn(site: Any) -> Any:

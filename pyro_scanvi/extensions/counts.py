@@ -31,7 +31,20 @@ SMALLEST_MEAN = 1e-30  # where gradients of its logarithm are finite
 NARROW = 0.01  # variance of the log rate from which on its mode is known better by its logarithm
 
 
-class PoissonLogNormal(CountDistribution):
+class _ByMeanAndTheta(CountDistribution):
+    """Counts by their mean and an inverse dispersion."""
+
+    arg_constraints = {"mu": constraints.nonnegative, "theta": constraints.positive}
+    mu: Tensor
+    theta: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x] = mu."""
+        return self.mu
+
+
+class PoissonLogNormal(_ByMeanAndTheta):
     r"""Poisson with a LogNormal rate of mean :math:`\mu`, by its inverse dispersion.
 
     .. math:: x \sim \mathrm{Poisson}(\mu\, e^{\sigma t - \sigma^2 / 2}), \qquad
@@ -58,15 +71,6 @@ class PoissonLogNormal(CountDistribution):
     tensor([0.2520, 0.2200, 0.1533])
     """
 
-    arg_constraints = {"mu": constraints.nonnegative, "theta": constraints.positive}
-    mu: Tensor
-    theta: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """E[x] = mu."""
-        return self.mu
-
     @property
     def variance(self) -> Tensor:
         """Var[x] = mu + mu^2 / theta."""
@@ -91,7 +95,7 @@ class PoissonLogNormal(CountDistribution):
         return torch.poisson(_lognormal_rate(mu, theta).clamp(max=LARGEST_POISSON_RATE))
 
 
-class GeneralisedPoisson(CountDistribution):
+class GeneralisedPoisson(_ByMeanAndTheta):
     r"""Generalised Poisson by mean and inverse dispersion, Consul and Jain (1973).
 
     .. math:: p(x) = \frac{a (a + \lambda x)^{x - 1} e^{-a - \lambda x}}{x!}, \qquad
@@ -117,15 +121,6 @@ class GeneralisedPoisson(CountDistribution):
     >>> GeneralisedPoisson(torch.tensor(3.0), torch.tensor(1.0)).log_prob(torch.arange(3.0)).exp()
     tensor([0.2231, 0.2030, 0.1539])
     """
-
-    arg_constraints = {"mu": constraints.nonnegative, "theta": constraints.positive}
-    mu: Tensor
-    theta: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """E[x] = mu."""
-        return self.mu
 
     @property
     def variance(self) -> Tensor:

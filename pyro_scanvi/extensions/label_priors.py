@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pyro_scanvi import validation
 from pyro_scanvi.data.minibatches import Cells
+from pyro_scanvi.extensions.global_sites import without_cells
 from pyro_scanvi.model.growth import ByBatch, ByLabel, EachOf, grown_label_prior, grows
 from pyro_scanvi.model.scanvae import SCANVAE
 
@@ -168,9 +169,7 @@ class FrequenciesOfBatch(LearnedFrequencies):
 
     def p_y(self, cells: Cells) -> TorchDistribution:
         """Categorical(pi_s); batch (..., N) event (L,)."""
-        shift = cells.shared["batch_shift"][..., cells.batch, :]
-        if shift.ndim > 2:  # draws, and a dimension in the place of the cells
-            shift = shift.squeeze(-3)
+        shift = without_cells(cells.shared["batch_shift"][..., cells.batch, :], 2)
         pi = (PACE * self.pi_logits + shift).softmax(-1)
         return OneHotCategorical(taught(pi, cells, self.labelled_teach))
 

@@ -165,12 +165,7 @@ class IWAE:
 
     def __call__(self, vae: SCANVAE, plan: ObjectiveSettings) -> BoundModule:
         """The loss of this model, as this plan weighs it."""
-        return ImportanceWeightedELBO(
-            **_given(vae, plan),
-            weighted=self.weighted,
-            num_particles=self.num_particles,
-            sum_labels=self.sum_labels,
-        )(vae.model, vae.guide)
+        return Renyi(0.0, self.num_particles, self.sum_labels, self.weighted)(vae, plan)
 
 
 @dataclass(frozen=True)
@@ -232,21 +227,23 @@ class PyroLoss:
 
     def __call__(self, vae: SCANVAE, plan: ObjectiveSettings) -> "BoundLoss":
         """The loss of this model; of the plan it reads whether labels are fed."""
-        return BoundLoss(self.loss, vae, plan.feed_labels)
+        return BoundLoss(self.loss, vae.model, vae.guide, plan.feed_labels)
 
 
 class BoundLoss:
-    """A loss of Pyro bound to a model."""
+    """A loss of Pyro bound to a model and a guide."""
 
     kl_weight: float | None = None  # Pyro's losses have none
 
-    def __init__(self, loss: DifferentiableLoss, vae: SCANVAE, feed_labels: bool):
-        self.loss, self.vae, self.feed_labels = loss, vae, feed_labels
+    def __init__(
+        self, loss: DifferentiableLoss, model: Callable, guide: Callable, feed_labels: bool
+    ):
+        self.loss, self.model, self.guide, self.feed_labels = loss, model, guide, feed_labels
 
     def parts(self, cells: Cells) -> ObjectiveParts:
         """The loss, nats per cell."""
         seen = cells if self.feed_labels else cells.hide_labels()
-        arguments = self.vae.model, self.vae.guide, seen
+        arguments = self.model, self.guide, seen
         if torch.is_grad_enabled():
             return ObjectiveParts(self.loss.differentiable_loss(*arguments) / cells.n_obs)
         # Some refuse to be differentiable where nothing has a gradient.

@@ -63,9 +63,9 @@ class Estimate(Protocol):
         """(N, L) in nats, float64; (N, 1) where there are no labels."""
 
     def label_given_states(
-        self, cells: Cells, n_samples: int, n_per_pass: int, feed_labels: bool
+        self, cells: Cells, n_samples: int, n_per_pass: int, evidence: Tensor
     ) -> Tensor:
-        """Mean of p(y | z, l, x) over draws of the guide, (N, L), float64."""
+        """Mean of p(y | z, l, x, e) over draws of the guide, (N, L), float64; from log p(e | y)."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,11 @@ class Nested:
         return log_joint(self.vae, cells, n_samples, self.n_inner_samples, n_per_pass)
 
     def label_given_states(
-        self, cells: Cells, n_samples: int, n_per_pass: int, feed_labels: bool
+        self, cells: Cells, n_samples: int, n_per_pass: int, evidence: Tensor
     ) -> Tensor:
-        known = self.vae.evidence(cells) if feed_labels else cells.x.new_zeros(())
+        known = evidence.T.unsqueeze(-2)  # L, 1, N
         draws = _of_draws(self.vae, cells, n_samples, self.n_inner_samples, n_per_pass)
-        # Labels are the first dimension; evidence, (N, L), comes to (L, 1, N).
-        by_label = known.T.unsqueeze(-2) if feed_labels else known
-        return total((log_p + by_label).softmax(0).sum(-2) for _, log_p in draws).T / n_samples
+        return total((log_p + known).softmax(0).sum(-2) for _, log_p in draws).T / n_samples
 
 
 def marginal_log_likelihood(
@@ -104,11 +102,13 @@ def marginal_log_likelihood(
     With `feed_labels`, of :math:`\log p(x, e)` with what is known of the label, e.
     """
 
-    def log_likelihood(cells: Cells, log_p: Tensor) -> Tensor:
-        return (log_p + vae.evidence(cells) if feed_labels else log_p).logsumexp(-1)
-
     estimate = _estimate(vae, n_inner_samples, by_label=feed_labels)
-    return _over_log_joint(vae, data, batch_size, n_samples, estimate, log_likelihood)
+
+    def ask(cells: Cells, n_per_pass: int) -> Tensor:
+        log_p = estimate.log_joint(cells, n_samples, n_per_pass)
+        return (log_p + _known(vae, cells, feed_labels)).logsumexp(-1)
+
+    return _over_passes(vae, data, batch_size, estimate, ask)
 
 
 def label_posterior(
@@ -124,11 +124,13 @@ def label_posterior(
     With `feed_labels` :math:`p(y \mid x, e)`, with what is known of the label, e.
     """
 
-    def probabilities(cells: Cells, log_p: Tensor) -> Tensor:
-        return (log_p + vae.evidence(cells) if feed_labels else log_p).softmax(-1)
-
     estimate = _estimate(vae, n_inner_samples, by_label=True)
-    return _over_log_joint(vae, data, batch_size, n_samples, estimate, probabilities)
+
+    def ask(cells: Cells, n_per_pass: int) -> Tensor:
+        log_p = estimate.log_joint(cells, n_samples, n_per_pass)
+        return (log_p + _known(vae, cells, feed_labels)).softmax(-1)
+
+    return _over_passes(vae, data, batch_size, estimate, ask)
 
 
 def label_posterior_of_states(
@@ -150,12 +152,11 @@ def label_posterior_of_states(
     """
     estimate = _estimate(vae, n_inner_samples, by_label=True)
 
-    def ask(cells: Cells) -> Tensor:
-        n_per_pass = at_once(estimate.numbers_per_draw(cells), PASS_ELEMENTS)
-        return estimate.label_given_states(cells, n_samples, n_per_pass, feed_labels)
+    def ask(cells: Cells, n_per_pass: int) -> Tensor:
+        evidence = _known(vae, cells, feed_labels)
+        return estimate.label_given_states(cells, n_samples, n_per_pass, evidence)
 
-    most = at_once(_numbers_of_a_cell(vae, data, estimate), PASS_ELEMENTS)
-    return over_minibatches(vae, data, min(batch_size, most), ask)
+    return _over_passes(vae, data, batch_size, estimate, ask)
 
 
 def log_joint(
@@ -285,22 +286,25 @@ def _every_label(vae: SCANVAE, n_cells: int) -> Tensor:
     return one_hots[:, None, None].expand(-1, 1, n_cells, -1)
 
 
-def _over_log_joint(
+def _known(vae: SCANVAE, cells: Cells, feed_labels: bool) -> Tensor:
+    """log p(e | y), (N, L); 0, (N, 1), where it is not to be read."""
+    return vae.evidence(cells) if feed_labels else vae.y_prior.new_zeros(len(cells), 1)
+
+
+def _over_passes(
     vae: SCANVAE,
     data: CellData,
     batch_size: int,
-    n_samples: int,
     estimate: Estimate,
-    answer: Callable[[Cells, Tensor], Tensor],
+    ask: Callable[[Cells, int], Tensor],
 ) -> np.ndarray:
-    """What `answer` makes of the log joints of each minibatch, joined."""
+    """What `ask` answers of each minibatch, so many draws at a time, joined."""
     numbers = _numbers_of_a_cell(vae, data, estimate)
 
-    def ask(cells: Cells) -> Tensor:
-        n_per_pass = at_once(numbers * len(cells), PASS_ELEMENTS)
-        return answer(cells, estimate.log_joint(cells, n_samples, n_per_pass))
+    def bounded(cells: Cells) -> Tensor:
+        return ask(cells, at_once(numbers * len(cells), PASS_ELEMENTS))
 
-    return over_minibatches(vae, data, min(batch_size, at_once(numbers, PASS_ELEMENTS)), ask)
+    return over_minibatches(vae, data, min(batch_size, at_once(numbers, PASS_ELEMENTS)), bounded)
 
 
 def _numbers_of_a_cell(vae: SCANVAE, data: CellData, estimate: Estimate) -> int:

@@ -78,7 +78,7 @@ class TraceWeights:
         return (log_sum - math.log(n_samples)).T
 
     def label_given_states(
-        self, cells: Cells, n_samples: int, n_per_pass: int, feed_labels: bool
+        self, cells: Cells, n_samples: int, n_per_pass: int, evidence: Tensor
     ) -> Tensor:
         """Refused: which sites of a story of one's own are the states is not known."""
         raise InputError(
