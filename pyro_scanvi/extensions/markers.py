@@ -49,7 +49,7 @@ def marker_labels(
     labels_key
         Column of obs with the labels.
     unlabeled_category
-        Its value where the label is not known.
+        Its value where the label is not known; so are cells without a value.
     markers
         Names of genes that cells of a type express and others do not, by type.
     n_cells
@@ -86,7 +86,9 @@ def marker_labels(
     check_at_least(1, n_cells=n_cells)
     place = CountsPlace.find(adata, layer, use_raw)
     genes = _checked(markers, place.genes(adata))
-    labels = pd.Series(names_of(adata.obs[labels_key]), adata.obs_names, dtype=object)
+    given = adata.obs[labels_key]
+    labels = pd.Series(names_of(given), adata.obs_names, dtype=object)
+    labels[given.isna().to_numpy()] = unlabeled_category
     free = (labels == unlabeled_category).to_numpy()
     scores = marker_scores(place.own_counts(adata), place.genes(adata), genes)
     best = scores.to_numpy().argmax(1)

@@ -47,6 +47,15 @@ def test_cells_of_the_type_are_labelled_and_given_labels_stay(cells):
     pd.testing.assert_frame_equal(cells.obs, before)
 
 
+def test_a_cell_without_a_value_is_unlabelled(cells):
+    """As setup_anndata takes it; its name is no label."""
+    wanted = marker_labels(cells, "given", "Unknown", MARKERS, n_cells=5)
+    cells.obs["given"] = cells.obs["given"].astype(object).where(cells.obs["given"] != "Unknown")
+    assert cells.obs["given"].isna().sum() == 27
+    found = marker_labels(cells, "given", "Unknown", MARKERS, n_cells=5)
+    pd.testing.assert_series_equal(found, wanted)
+
+
 def test_the_highest_scores_are_taken(cells):
     labels = marker_labels(cells, "given", "Unknown", {"B": ["gene0"]}, n_cells=3)
     share = np.asarray(cells.X[:, 0].todense()).ravel() / np.asarray(cells.X.sum(1)).ravel()
