@@ -175,7 +175,7 @@ def test_without_extras_it_is_pyros_elbo(labels, float64):
 
 
 def test_closed_form_agrees_with_monte_carlo_in_expectation():
-    """t-test on paired samples, 49 degrees; a false alarm comes once in 1.5 million seeds."""
+    """z-test on paired samples; a false alarm comes once in 1.7 million seeds (5 sigma)."""
     vae = double_vae(**MODELS["rich"])
     cells = random_cells(vae)
     closed = SemiSupervisedELBO(vae.q_y)
@@ -185,11 +185,11 @@ def test_closed_form_agrees_with_monte_carlo_in_expectation():
             [
                 seeded_parts(closed, vae, cells, seed).loss
                 - seeded_parts(sampled, vae, cells, seed).loss
-                for seed in range(50)
+                for seed in range(100)
             ]
         )
     assert difference.std() > 1e-3  # the two do differ
-    assert difference.mean().abs() < 5.7 * difference.std() / 50**0.5
+    assert difference.mean().abs() < 5 * difference.std() / 100**0.5
 
 
 def test_closed_form_has_the_smaller_noise():
