@@ -1,4 +1,4 @@
-"""Scores of predicted probabilities, and the baselines that they are compared with."""
+"""Scores of predicted probabilities and of a latent space, and the baselines of the report."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from pyro_scanvi.app import baselines
 from pyro_scanvi.app.baselines import baseline_probabilities
-from pyro_scanvi.metrics import expected_calibration_error, label_scores
+from pyro_scanvi.metrics import expected_calibration_error, label_scores, within_type_leak
 from tests.examples import TYPES, simulated
 
 # ---- scores -------------------------------------------------------------------------------------
@@ -161,3 +161,47 @@ def test_logistic_regression_knows_clear_types():
     labels, labelled = adata.obs["truth"].to_numpy(), np.arange(60) % 5 < 2
     found = baseline_probabilities(adata, labels, labelled)["logistic regression"]
     assert (np.array(TYPES)[found.argmax(axis=1)] == labels[~labelled]).mean() > 0.9
+
+
+def leak_by_pairs(latent, given, k):
+    """By its definition, pair by pair."""
+    distance = np.linalg.norm(latent[:, None] - latent[None], axis=-1)
+
+    def count(cell, left_out):
+        order = [c for c in distance[cell].argsort() if c not in (cell, left_out)]
+        return given[order[:k]].sum()
+
+    wins = [
+        (a > b) + 0.5 * (a == b)
+        for i in np.flatnonzero(given)
+        for j in np.flatnonzero(~given)
+        for a, b in [(count(i, j), count(j, i))]
+    ]
+    return np.mean(wins)
+
+
+@pytest.mark.parametrize(("n", "n_given", "k"), [(30, 10, 5), (40, 3, 10), (12, 9, 3), (4, 2, 10)])
+def test_leak_is_what_its_pairs_say(n, n_given, k):
+    rng = np.random.default_rng(n)
+    latent, given = rng.normal(size=(n, 3)), np.arange(n) < n_given
+    latent[given] += 0.5
+    found = within_type_leak(latent, np.full(n, "B"), given, n_neighbors=k)
+    assert found["B"] == pytest.approx(leak_by_pairs(latent, given, min(k, n - 2)))
+
+
+def test_leak_of_random_labels_is_a_half():
+    """Mean of 400 choices, 5 standard errors: a false alarm comes once in 1.7 million seeds.
+
+    Clusters and few labels, so that most counts are equal.
+    """
+    rng = np.random.default_rng(0)
+    latent = rng.normal(size=(60, 2)) + 10 * rng.integers(0, 3, (60, 1))
+    types = np.full(60, "B")
+    leaks = [within_type_leak(latent, types, rng.permutation(60) < 6)["B"] for _ in range(400)]
+    assert abs(np.mean(leaks) - 0.5) < 5 * np.std(leaks) / 20
+
+
+def test_leak_leaves_out_types_that_cannot_tell():
+    types = np.array(["one label"] * 5 + ["all"] * 5 + ["some"] * 5)
+    labelled = np.array([1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], bool)
+    assert list(within_type_leak(np.arange(15.0)[:, None], types, labelled).index) == ["some"]
