@@ -271,6 +271,37 @@ def cells_stand_alone(subject: Subject) -> None:
                 )
 
 
+def labels_stand_alone(subject: Subject) -> None:
+    """With labels enumerated a factor says of each what it says of that label given alone."""
+    model = subject.model()
+    vae, cells = model.module, minibatch(model)
+    together = traces(vae, cells, enumerated=True)
+    sizes = enumerated_sizes(together[0])
+    for label in range(max(sizes.values(), default=0)):
+        alone = traces(vae, cells, values=at_label(together[0], sizes, label))
+        for side, whole, part in zip("qp", together, alone, strict=True):
+            _check_label(vae, side, (whole, part), sizes, label)
+
+
+def _check_label(
+    vae: SCANVAE, side: str, traces: tuple[Trace, Trace], dims: Iterable[int], label: int
+) -> None:
+    """Log probabilities of a label among all of them, and alone."""
+    whole, part = map(own_sites, traces)
+    for name, site in part.items():
+        expected = log_prob(site)
+        found = _select(log_prob(whole[name]), dims, label).expand_as(expected)
+        if not torch.allclose(found, expected, rtol=ROUNDING, atol=ROUNDING):
+            worst = (found - expected).abs().argmax()
+            raise AssertionError(
+                f"{named(vae, name, side)}: with all labels enumerated the log probability of site "
+                f"{name!r} of a cell and label {label} is {found.reshape(-1)[worst]:.4f}, of that "
+                f"label alone {expected.reshape(-1)[worst]:.4f}, expected the same: y has a "
+                "dimension of labels on the left, so read it by operations over its last dimension "
+                "alone, as y.argmax(-1) or y @ matrix"
+            )
+
+
 def means_are_those_of_draws(subject: Subject) -> None:
     """The mean of each observed site is that of its draws: a z test, Bonferroni over features."""
     vae = subject.model().module
@@ -417,6 +448,7 @@ CHECKS_OF_TRACES: tuple[Check, ...] = (
     gradients_reach_all,
     evaluation_is_repeatable,
     cells_stand_alone,
+    labels_stand_alone,
     means_are_those_of_draws,
     counts_sum_to_one,
 )
@@ -487,6 +519,27 @@ def first_cells(trace: Trace, n: int) -> Trace:
     return few
 
 
+def enumerated_sizes(trace: Trace) -> dict[int, int]:
+    """Of each dimension that is enumerated, counted from the right of the batch shape."""
+    sizes = {}
+    for site in latent(trace).values():
+        if (dim := enumeration_dim(site)) is not None:
+            sizes[dim] = site["value"].shape[dim - site["fn"].event_dim]
+    return sizes
+
+
+def at_label(trace: Trace, dims: Iterable[int], label: int) -> Trace:
+    """Draws at one value of what is enumerated in those dimensions, to be replayed."""
+    one = Trace()
+    for name, site in own_sites(trace).items():
+        event_dim = site["fn"].event_dim
+        value = _select(site["value"], [d - event_dim for d in dims], label)
+        if in_cells(site):
+            value = value.expand(N_CELLS, *value.shape[value.ndim - event_dim :])
+        one.add_node(name, **(site | {"value": value}))
+    return one
+
+
 def attributes(module: nn.Module) -> set[str]:
     """Of it and of all modules inside, by name."""
     return {f"{name}.{own}".lstrip(".") for name, m in module.named_modules() for own in vars(m)}
@@ -523,6 +576,14 @@ def _check_mean(part: str, told: Tensor, drawn: Tensor, event_dim: int) -> None:
             f"that of {N_DRAWS} draws is {found.reshape(-1)[worst]:.4f}, expected the same (the "
             f"difference is {limit:.1f} standard errors or more): mend its mean or its sample"
         )
+
+
+def _select(tensor: Tensor, dims: Iterable[int], place: int) -> Tensor:
+    """At a place of dimensions, as far as it has them; a size of 1 stands for all places."""
+    for dim in sorted(dims):  # from the left, so that the others stay where they are
+        if tensor.ndim >= -dim:
+            tensor = tensor.select(dim, place % tensor.shape[dim])
+    return tensor
 
 
 def _broadcasts(tensor: Tensor, wanted: Sequence[int]) -> bool:

@@ -101,6 +101,14 @@ class WithoutRsample(Normal):
     has_rsample = False
 
 
+class FirstLabel(SCANVAE):
+    """As one reads a single label: under enumeration it finds the first for all."""
+
+    def p_z(self, u, y, cells):
+        p = super().p_z(u, y, cells).base_dist
+        return Normal(p.loc + y.argmax(), p.scale).to_event(1)
+
+
 class Score(SCANVAE):
     def q_u(self, z, y, cells):
         q = super().q_u(z, y, cells).base_dist
@@ -337,6 +345,11 @@ CASES = {  # check, class or arguments, what is said
         "likelihood_tells_its_parameters",
         of_likelihood(NoMean),
         "NoMean does not tell it",
+    ),
+    "first label": (
+        "labels_stand_alone",
+        FirstLabel,
+        r"p_z of class FirstLabel: with all labels .* site 'z' of .* label 1 .*argmax\(-1\)",
     ),
     "told": (
         "likelihood_tells_its_parameters",
