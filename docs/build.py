@@ -2,12 +2,14 @@
 
 The pages, the executed notebooks, the changelog and the results are laid out in ``build/source``
 and their links, which are those of the repository, are set to where things lie in the site. Then
-Sphinx runs; a warning is an error.
+Sphinx runs; a warning is an error. Notebooks that have no executed copy, or have changed since,
+are executed first.
 """
 
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -15,7 +17,8 @@ from sphinx.cmd.build import build_main
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, SITE = ROOT / "build" / "source", ROOT / "build" / "site"
-EXECUTED = ROOT / "build" / "notebooks"
+NOTEBOOKS, EXECUTED = ROOT / "notebooks", ROOT / "build" / "notebooks"
+DOCTREES = ROOT / "build" / "doctrees"
 
 PAGES = {  # what does not lie in docs, and where it is in the site
     "CHANGELOG.md": "changelog.md",
@@ -108,17 +111,30 @@ def pages() -> list[Path]:
     """All files that the site is made of."""
     docs = ROOT / "docs"
     found = [*docs.glob("*.md"), *docs.glob("*.svg"), *docs.glob("api/*.rst")]
-    return sorted([*found, *(ROOT / name for name in PAGES), *EXECUTED.glob("*.ipynb")])
+    executed = [EXECUTED / path.name for path in NOTEBOOKS.glob("*.ipynb")]
+    return sorted([*found, *(ROOT / name for name in PAGES), *executed])
+
+
+def not_executed(notebooks: Path = NOTEBOOKS, executed: Path = EXECUTED) -> list[str]:
+    """Names of the notebooks whose executed copy is missing or older than they are."""
+
+    def is_old(path: Path) -> bool:
+        copy = executed / path.name
+        return not copy.exists() or copy.stat().st_mtime < path.stat().st_mtime
+
+    return sorted(path.name for path in notebooks.glob("*.ipynb") if is_old(path))
 
 
 def main() -> int:
     """Build; the exit code of Sphinx."""
-    if not [*EXECUTED.glob("*.ipynb")]:
-        sys.exit("there are no executed notebooks in build/notebooks; make notebooks")
+    if missing := not_executed():
+        script = [sys.executable, str(NOTEBOOKS / "execute.py")]
+        subprocess.run([*script, *missing], check=True)
     assemble()
     shutil.rmtree(SITE, ignore_errors=True)
-    options = ["-W", "--keep-going", "-q", "-d", str(ROOT / "build" / "doctrees")]
-    return build_main([*options, "-c", str(ROOT / "docs"), "-b", "html", str(SOURCE), str(SITE)])
+    shutil.rmtree(DOCTREES, ignore_errors=True)  # links to sources keep places of before
+    options = ["-W", "--keep-going", "-q", "-d", str(DOCTREES), "-c", str(ROOT / "docs")]
+    return build_main([*options, "-b", "html", str(SOURCE), str(SITE)])
 
 
 if __name__ == "__main__":

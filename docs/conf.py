@@ -1,5 +1,6 @@
 """Sphinx, as the scverse template sets it up; docs/build.py makes the folder that it reads."""
 
+import re
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from sphinx.application import Sphinx
 from sphinx.util.nodes import make_refnode
 
 HERE = Path(__file__).parent
+REPR = re.compile(r"<(?:function|class) '?([\w.]+)'?(?: at 0x\w+)?>")
 
 project = "pyro_scanvi"
 author = copyright = "The pyro_scanvi developers"
@@ -24,7 +26,7 @@ extensions = [
 ]
 exclude_patterns = ["jupyter_execute"]
 nitpicky = True
-# Not linked: other packages, whose inventories would have to be downloaded; what is private; tables.
+# No link to other packages, whose inventories would be downloaded, nor to what is private.
 OTHERS = (
     "torch|pyro|numpy|np|pandas|pd|anndata|ad|lightning|scipy|sklearn|scanpy|matplotlib|xarray|zuko"
     "|collections|contextlib|typing|pathlib|os|abc|csr_matrix"
@@ -81,11 +83,11 @@ pygments_style = "tango"
 
 
 def by_its_last_name(app: Sphinx, env: Any, node: Element, content: Element) -> Element | None:
-    """A link to what a docstring calls by its short name, if one thing alone has it."""
+    """A link to what is called by its short or public name, if one thing alone has it."""
     if node.get("refdomain") != "py":
         return None
     python, name = env.get_domain("py"), node["reftarget"].lstrip(".~")
-    ends = f".{name}"
+    ends = f".{name.removeprefix('pyro_scanvi.')}"
     found = [f for f, o in python.objects.items() if f.endswith(ends) and not o.aliased]
     if len(found) != 1:
         return None
@@ -93,6 +95,14 @@ def by_its_last_name(app: Sphinx, env: Any, node: Element, content: Element) -> 
     return make_refnode(app.builder, place, to.docname, to.node_id, content, found[0])
 
 
+def named_defaults(
+    app: Sphinx, kind: str, name: str, it: Any, options: Any, signature: str | None, returned: Any
+) -> tuple[str | None, Any]:
+    """Functions and classes that are defaults of a dataclass by their name, which can be read."""
+    return signature and REPR.sub(r"\1", signature), returned
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
+    app.connect("autodoc-process-signature", named_defaults)
     app.connect("missing-reference", by_its_last_name)

@@ -179,10 +179,10 @@ def execute(path: Path, folder: Path = EXECUTED, store: bool = False) -> Result:
         wrong.append(str(error))
     result = Result(path.name, time.perf_counter() - start, _children() - used, wrong)
     if not wrong:
-        _write(notebook, copy)
         result.wrong += [] if store else compared(stored, notebook)
         if store:
             _write(stripped(notebook), path)
+        _write(notebook, copy)  # it is newer than what it was made of
     return result
 
 

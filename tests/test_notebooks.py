@@ -3,15 +3,15 @@
 ``make notebooks`` executes them; here they are read.
 """
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+from tests.scripts import ROOT, load
+
+FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 N_NOTEBOOKS = 9  # how many there are to be
 FOLDED = {"tags": ["hide-cell"], "jupyter": {"source_hidden": True, "outputs_hidden": True}}
@@ -19,15 +19,7 @@ DRAWS = re.compile(r"plt\.show\(\)|plot|figure|imshow|scatter|hist\(|render_mode
 UNSTABLE = re.compile(r"0x[0-9a-f]{6,}|/(?:home|tmp|root|work|usr)/|Traceback|Warning:")
 
 
-def load(path: Path):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-execute = load(FOLDER / "execute.py")
+execute = load("notebooks/execute.py")
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
