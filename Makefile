@@ -3,11 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DOCS := $(VENV)/docs
 
 # Two processes; the tests of a file stay in one, which shares what they train.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: demo test coverage lint format notebooks clean
+# What runs under coverage, which makes it half as long again; test-rest runs the others.
+COVERED := tests/model tests/storage
+
+.PHONY: demo test test-rest coverage lint format notebooks docs site-check clean
 
 demo: $(READY)
 	$(BIN)/pyro-scanvi demo
@@ -15,8 +19,11 @@ demo: $(READY)
 test: $(READY)
 	$(TESTS)
 
+test-rest: $(READY)
+	$(TESTS) $(COVERED:%=--ignore=%)
+
 coverage: $(READY)
-	$(TESTS) --cov=pyro_scanvi --cov-branch --cov-report= tests/model tests/storage
+	$(TESTS) --cov=pyro_scanvi --cov-branch --cov-report= $(COVERED)
 	$(BIN)/coverage report --include='*/model/distributions.py' --fail-under=100
 	$(BIN)/coverage report --include='*/model/scanvae.py' --fail-under=100
 	$(BIN)/coverage report --include='*/model/objective.py' --fail-under=100
@@ -33,6 +40,16 @@ format: $(READY)
 
 notebooks: $(READY)
 	$(BIN)/python notebooks/execute.py
+
+docs: $(DOCS)
+	$(BIN)/python docs/build.py
+
+site-check: $(DOCS)
+	$(BIN)/python docs/check_site.py
+
+$(DOCS): $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
 
 $(READY): setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'

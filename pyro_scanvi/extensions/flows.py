@@ -33,7 +33,7 @@ class FlowDistribution(ZukoToPyro):
     dist: Any  # a NormalizingFlow of zuko
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Reparameterised draws, (*sample_shape, ..., K)."""
+        """Reparameterised draws, ``(*sample_shape, ..., K)``."""
         return self.dist.rsample(torch.Size(sample_shape))
 
     @property

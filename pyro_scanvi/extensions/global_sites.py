@@ -303,7 +303,7 @@ def _checked_hyper(
 
 
 def without_cells(draw: Tensor, event_dim: int) -> Tensor:
-    """Draws (S, 1, *event) as (S, *event), where an axis of the event takes the place of the cells.
+    """Draws ``(S, 1, *event)`` as ``(S, *event)``, an axis of the event in the place of the cells.
 
     A single draw has the event alone and stays.
     """

@@ -223,7 +223,7 @@ class PiecewiseInterface(nn.Module):
         dict
             ``px``, of batch shape (..., N, G); ``pl``, the Normal of log l, None where the library
             is observed; ``pz``, N(0, I), which is scVI's prior and kept for the interface:
-            that of this model is :meth:`p_z`.
+            that of this model is :meth:`~pyro_scanvi.SCANVAE.p_z`.
 
         Raises
         ------
