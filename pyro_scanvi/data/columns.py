@@ -57,7 +57,7 @@ def _check_unique(names: pd.Index, what: str, mend: str) -> None:
         )
     if not names.is_unique:
         twice = names[names.duplicated()].unique()
-        raise InputError(f"{len(twice)} names of {what} occur twice{first(twice)}; {mend}")
+        raise InputError(f"names of {what} that occur twice: {len(twice)}{first(twice)}; {mend}")
 
 
 def one_key(name: str, key: Any) -> str:

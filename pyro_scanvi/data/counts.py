@@ -148,7 +148,7 @@ def check_not_empty(counts: Counts, names: pd.Index, advice: str = DROP_EMPTY) -
     """Refuse cells without counts, by name."""
     empty = is_empty(counts)
     if empty.any():
-        message = f"{empty.sum()} cells have no counts{first(names[empty])}{advice}"
+        message = f"cells without counts: {empty.sum()}{first(names[empty])}{advice}"
         raise InputError(message, {"drop_empty_cells": True})
 
 
