@@ -11,12 +11,15 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 # What runs under coverage, which makes it half as long again; test-rest runs the others.
 COVERED := tests/model tests/storage
 
-.PHONY: demo test test-rest coverage lint format notebooks docs site-check clean
+.PHONY: demo test test-all test-rest coverage lint format notebooks docs site-check clean
 
 demo: $(READY)
 	$(BIN)/pyro-scanvi demo
 
 test: $(READY)
+	$(TESTS) -m "not slow"
+
+test-all: $(READY)
 	$(TESTS)
 
 test-rest: $(READY)

@@ -12,6 +12,7 @@ from tests.examples import simulated
 EXAMPLE = Path(__file__).parent.parent / "examples" / "reference_to_query.py"
 
 
+@pytest.mark.slow
 def test_reference_to_query(tmp_path, capfd):
     """Three clear types in three batches: the one left out is labelled, the reference kept.
 

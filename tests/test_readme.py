@@ -38,7 +38,11 @@ def test_the_quick_start_runs(quick_start):
 
 
 @pytest.mark.filterwarnings("ignore:a file takes other names")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [README, *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES if page != README)],
+    ids=lambda page: page.name,
+)
 def test_blocks_run(page, quick_start):
     """In order, after the quick start."""
     namespace = dict(quick_start)

@@ -56,6 +56,7 @@ json.dump([before, raised, after, told], sys.stdout)
         ({}, "torch.set_num_threads(1)"),
     ],
 )
+@pytest.mark.slow
 def test_scanpy_before_training_changes_no_bit(settings, statement):
     """In a process of its own; the number that torch is told then is used, and left."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
@@ -104,6 +105,7 @@ def test_what_the_user_tells_later_is_obeyed():
         assert (torch.get_num_threads(), told()) == (number, number)
 
 
+@pytest.mark.slow
 def test_questions_and_pictures(raised):
     with evaluating(small_vae()):
         assert torch.get_num_threads() == 1

@@ -204,6 +204,7 @@ def test_batch_layer_and_overwrite(tmp_path):
     assert list(setup["batches"]) == ["b1", "b2"]
 
 
+@pytest.mark.slow
 def test_report(tmp_path):
     threads = torch.get_num_threads()
     result = annotate(
@@ -502,6 +503,7 @@ def test_our_own_faults_keep_their_traceback(tmp_path, monkeypatch):
 # ---- demo ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     folder = tmp_path / "a" / "b"
     result = run("demo", "--folder", folder, "--max-epochs", 2, "--labels-per-type", 5)
@@ -557,6 +559,7 @@ def test_no_arguments_show_the_help():
     assert all(name in run().output for name in COMMANDS)
 
 
+@pytest.mark.slow
 def test_the_installed_command(tmp_path):
     """As a user runs it, with Python's own filter of warnings."""
     some_cells().write_h5ad(tmp_path / "in.h5ad")

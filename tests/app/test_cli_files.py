@@ -127,6 +127,7 @@ def odd_cells() -> ad.AnnData:
 
 @pytest.mark.parametrize("output", FORMATS)
 @pytest.mark.parametrize("source", FORMATS)
+@pytest.mark.slow
 def test_formats(source, output):
     """Each is read and written, and all else is as it was."""
     write(odd_cells(), f"my cells.{source}")
@@ -194,6 +195,7 @@ def first_two(adata, seed):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.slow
 def test_home(cells, folder, monkeypatch, suffix):
     """A shell fills in no ~ after an equals sign or in quotes."""
     Path("home/sub").mkdir(parents=True)
@@ -372,6 +374,7 @@ def test_variable_genes(cellxgene):
     assert_same(without_ours(found), cellxgene)
 
 
+@pytest.mark.slow
 def test_covariates(cellxgene):
     write(cellxgene.raw.to_adata(), "in.zarr")
     keys = ("--categorical-covariate-key", "batch", "--categorical-covariate-key", "truth")
@@ -382,6 +385,7 @@ def test_covariates(cellxgene):
     assert setup["size_factor_key"] == "size"
 
 
+@pytest.mark.slow
 def test_coarser_labels(cellxgene):
     cells = cellxgene.raw.to_adata()
     cells.obs["broad"] = ["all of them"] * cells.n_obs

@@ -12,6 +12,7 @@ if not CI:
 site = load("docs/check_site.py")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(site.browser_path() is None and not CI, reason="no Chromium is installed"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # sockets that the browser leaves
 ]

@@ -75,6 +75,7 @@ def accuracies(noise, seed: int) -> np.ndarray:
     return np.array([right[~shown].mean(), right[wrong].mean(), kept[wrong].mean()])
 
 
+@pytest.mark.slow
 def test_known_noise_finds_the_wrong_labels():
     """Measured at seed 0: wrongly labelled +.21, the same kept +.30; at seed 1 +.02 and +.29."""
     _, wrong, kept = accuracies(known, 0) - accuracies("none", 0)
@@ -82,6 +83,7 @@ def test_known_noise_finds_the_wrong_labels():
     assert kept > 0.15
 
 
+@pytest.mark.slow
 def test_a_learned_rate_is_found_where_labels_are_many():
     """For so small a network that it cannot know them by heart; it starts far below the truth, .7.
 
@@ -98,6 +100,7 @@ def test_a_learned_rate_is_found_where_labels_are_many():
 CONFUSED = np.array([[0.5, 0.45, 0.05], [0.05, 0.9, 0.05], [0.1, 0.1, 0.8]])
 
 
+@pytest.mark.slow
 def test_three_annotators_give_their_confusion():
     """It is not symmetric, so that the start is far: .20 in total variation. Measured: .05."""
     adata = cells(n_labels=3, spread=0.9)

@@ -174,6 +174,7 @@ def test_without_extras_it_is_pyros_elbo(labels, float64):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
 
 
+@pytest.mark.slow
 def test_closed_form_agrees_with_monte_carlo_in_expectation():
     """z-test on paired samples; a false alarm comes once in 1.7 million seeds (5 sigma)."""
     vae = double_vae(**MODELS["rich"])

@@ -488,6 +488,7 @@ def test_the_prior_of_labels_survives_a_save(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{}, {"freeze_classifier": False, "freeze_expression": False}])
+@pytest.mark.slow
 def test_a_new_label_is_learned(reference, flags):
     """With some cells of a new type labelled, it is found in hidden ones; old rows stay.
 

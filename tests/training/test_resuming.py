@@ -99,6 +99,7 @@ def assert_equal(model, other):
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path, name, new_process):
     """In the middle of an epoch, in another process."""
     epoch = 3 + SETTINGS[name].get("pretrain_epochs", 0)
