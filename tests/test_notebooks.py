@@ -172,6 +172,7 @@ def test_what_is_stored_is_text():
     assert execute.stripped(stored) == stored
 
 
+@pytest.mark.slow
 def test_a_notebook_is_executed_stored_and_compared(tmp_path):
     path, copies = tmp_path / "01_a.ipynb", tmp_path / "copies"
     nbformat.write(notebook("a = 1", "print('seen', a)\na + 1"), path)

@@ -220,6 +220,7 @@ def test_report(tmp_path):
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.slow
 def test_report_of_a_few_cells(tmp_path, n):
     adata = some_cells("B", "T")[:n].copy()
     result = annotate(tmp_path, adata, "--report", tmp_path / "report")

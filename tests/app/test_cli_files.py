@@ -21,6 +21,8 @@ from pyro_scanvi.app import plotting
 from tests.app.test_cli import assert_refused, contents, no_training, run  # noqa: F401
 from tests.examples import file_limit, simulated
 
+pytestmark = pytest.mark.slow  # each is a run of the command line
+
 N, G = 40, 12
 SMALL = ("--labels-key", "cell_type", "--max-epochs", 1, "--n-hidden", 8, "--n-latent", 3)
 FORMATS = ("h5ad", "zarr")
@@ -127,7 +129,6 @@ def odd_cells() -> ad.AnnData:
 
 @pytest.mark.parametrize("output", FORMATS)
 @pytest.mark.parametrize("source", FORMATS)
-@pytest.mark.slow
 def test_formats(source, output):
     """Each is read and written, and all else is as it was."""
     write(odd_cells(), f"my cells.{source}")
@@ -195,7 +196,6 @@ def first_two(adata, seed):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.slow
 def test_home(cells, folder, monkeypatch, suffix):
     """A shell fills in no ~ after an equals sign or in quotes."""
     Path("home/sub").mkdir(parents=True)
@@ -374,7 +374,6 @@ def test_variable_genes(cellxgene):
     assert_same(without_ours(found), cellxgene)
 
 
-@pytest.mark.slow
 def test_covariates(cellxgene):
     write(cellxgene.raw.to_adata(), "in.zarr")
     keys = ("--categorical-covariate-key", "batch", "--categorical-covariate-key", "truth")
@@ -385,7 +384,6 @@ def test_covariates(cellxgene):
     assert setup["size_factor_key"] == "size"
 
 
-@pytest.mark.slow
 def test_coarser_labels(cellxgene):
     cells = cellxgene.raw.to_adata()
     cells.obs["broad"] = ["all of them"] * cells.n_obs

@@ -52,6 +52,7 @@ def save_predictions(folder, path):
     np.save(path, SCANVI.load(folder).predict(soft=True))
 
 
+@pytest.mark.slow
 def test_loads_equal_in_a_new_process(model, saved, tmp_path, new_process):
     """With the cells that were saved along."""
     assert new_process(save_predictions, saved, tmp_path / "soft.npy") == 0

@@ -22,6 +22,8 @@ from pyro_scanvi.training.runs import fit
 from pyro_scanvi.training.settings import DataSettings, Plan, TrainerSettings
 from tests.examples import SMALL, file_limit, simulated, small_model
 
+pytestmark = pytest.mark.slow  # each trains more than once
+
 N, EPOCHS = 90, 4  # three minibatches an epoch
 QUERY = {"batch_size": 16, "progress_bar": False, "plan_kwargs": {"weight_decay": 0.1}}
 SETTINGS = {
@@ -99,7 +101,6 @@ def assert_equal(model, other):
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
-@pytest.mark.slow
 def test_killed_and_resumed(tmp_path, name, new_process):
     """In the middle of an epoch, in another process."""
     epoch = 3 + SETTINGS[name].get("pretrain_epochs", 0)
