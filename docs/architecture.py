@@ -2,8 +2,8 @@
 
 Boxes are the folders of the package, in the layers that ``tests/test_architecture.py`` holds them
 to. An arrow is an import that no chain of other imports implies; what everybody reads lies on the
-floor, without arrows. Numbers are the way of a
-minibatch. A test compares the picture with what is drawn anew.
+floor, without arrows. Numbers are the way of a minibatch. A test compares the picture with what is
+drawn anew.
 """
 
 import ast

@@ -7,7 +7,6 @@ Every row is a call that is made here, so what the page says is what the package
 import contextlib
 import functools
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -413,4 +412,3 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    sys.exit(0)

@@ -261,13 +261,12 @@ def cells_stand_alone(subject: Subject) -> None:
             expected = log_prob(own_sites(whole)[name])
             if in_cells(site):
                 expected = expected.expand(N_CELLS)[:few]
-            if not torch.allclose(found, expected, rtol=ROUNDING, atol=ROUNDING):
-                worst = (found - expected).abs().argmax()
+            if worst := _unlike(found, expected):
                 raise AssertionError(
                     f"{named(vae, name, side)}: the log probability of site {name!r} of a cell is "
-                    f"{found.reshape(-1)[worst]:.4f} in a minibatch of {few} cells and "
-                    f"{expected.reshape(-1)[worst]:.4f} in one of {N_CELLS}, expected the same: a "
-                    "factor treats each cell by itself, so take no mean, sum or norm over cells"
+                    f"{worst[0]:.4f} in a minibatch of {few} cells and {worst[1]:.4f} in one of "
+                    f"{N_CELLS}, expected the same: a factor treats each cell by itself, so take "
+                    "no mean, sum or norm over cells"
                 )
 
 
@@ -291,12 +290,11 @@ def _check_label(
     for name, site in part.items():
         expected = log_prob(site)
         found = _select(log_prob(whole[name]), dims, label).expand_as(expected)
-        if not torch.allclose(found, expected, rtol=ROUNDING, atol=ROUNDING):
-            worst = (found - expected).abs().argmax()
+        if worst := _unlike(found, expected):
             raise AssertionError(
                 f"{named(vae, name, side)}: with all labels enumerated the log probability of site "
-                f"{name!r} of a cell and label {label} is {found.reshape(-1)[worst]:.4f}, of that "
-                f"label alone {expected.reshape(-1)[worst]:.4f}, expected the same: y has a "
+                f"{name!r} of a cell and label {label} is {worst[0]:.4f}, of that label alone "
+                f"{worst[1]:.4f}, expected the same: y has a "
                 "dimension of labels on the left, so read it by operations over its last dimension "
                 "alone, as y.argmax(-1) or y @ matrix"
             )
@@ -509,14 +507,22 @@ def log_prob(site: Site) -> Tensor:
     return found if site["mask"] is None else torch.where(site["mask"], found, torch.zeros(()))
 
 
-def first_cells(trace: Trace, n: int) -> Trace:
-    """The draws of the first cells, to be replayed."""
-    few = Trace()
+def with_values(trace: Trace, change: Callable[[Site], Tensor]) -> Trace:
+    """The sites of a trace with other values, to be replayed."""
+    changed = Trace()
     for name, site in own_sites(trace).items():
+        changed.add_node(name, **(site | {"value": change(site)}))
+    return changed
+
+
+def first_cells(trace: Trace, n: int) -> Trace:
+    """The draws of the first cells."""
+
+    def value(site: Site) -> Tensor:
         dim = -1 - site["fn"].event_dim
-        value = site["value"].narrow(dim, 0, n) if in_cells(site) else site["value"]
-        few.add_node(name, **(site | {"value": value}))
-    return few
+        return site["value"].narrow(dim, 0, n) if in_cells(site) else site["value"]
+
+    return with_values(trace, value)
 
 
 def enumerated_sizes(trace: Trace) -> dict[int, int]:
@@ -529,15 +535,15 @@ def enumerated_sizes(trace: Trace) -> dict[int, int]:
 
 
 def at_label(trace: Trace, dims: Iterable[int], label: int) -> Trace:
-    """Draws at one value of what is enumerated in those dimensions, to be replayed."""
-    one = Trace()
-    for name, site in own_sites(trace).items():
+    """Draws at one value of what is enumerated in those dimensions."""
+
+    def value(site: Site) -> Tensor:
         event_dim = site["fn"].event_dim
-        value = _select(site["value"], [d - event_dim for d in dims], label)
-        if in_cells(site):
-            value = value.expand(N_CELLS, *value.shape[value.ndim - event_dim :])
-        one.add_node(name, **(site | {"value": value}))
-    return one
+        found = _select(site["value"], [d - event_dim for d in dims], label)
+        shape = found.shape[found.ndim - event_dim :]
+        return found.expand(N_CELLS, *shape) if in_cells(site) else found
+
+    return with_values(trace, value)
 
 
 def attributes(module: nn.Module) -> set[str]:
@@ -576,6 +582,14 @@ def _check_mean(part: str, told: Tensor, drawn: Tensor, event_dim: int) -> None:
             f"that of {N_DRAWS} draws is {found.reshape(-1)[worst]:.4f}, expected the same (the "
             f"difference is {limit:.1f} standard errors or more): mend its mean or its sample"
         )
+
+
+def _unlike(found: Tensor, expected: Tensor) -> tuple[float, float] | None:
+    """The two log probabilities that differ most; None where all are equal but for rounding."""
+    if torch.allclose(found, expected, rtol=ROUNDING, atol=ROUNDING):
+        return None
+    worst = (found - expected).abs().argmax()
+    return found.reshape(-1)[worst].item(), expected.reshape(-1)[worst].item()
 
 
 def _select(tensor: Tensor, dims: Iterable[int], place: int) -> Tensor:
