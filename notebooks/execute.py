@@ -28,6 +28,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
+from pyro_scanvi.storage.files import replacing
+
 FOLDER = Path(__file__).resolve().parent
 EXECUTED = FOLDER.parent / "build" / "notebooks"
 METADATA = {
@@ -197,9 +199,8 @@ def _write(notebook: NotebookNode, path: Path) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    nbformat.write(notebook, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        nbformat.write(notebook, temporary)
 
 
 def chosen(names: list[str], folder: Path = FOLDER) -> list[Path]:
