@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from pyro.distributions import Normal
 
-from pyro_scanvi import SCANVAE, SCANVI, datasets
+from pyro_scanvi import ELBO, SCANVAE, SCANVI, datasets
 from pyro_scanvi.criticism import Calibration, FromChain, FromWeights, simulation_based_calibration
 from pyro_scanvi.criticism.story import tell
 from pyro_scanvi.data.minibatches import total_counts
@@ -33,7 +33,7 @@ def trained(adata: ad.AnnData, seed: int, epochs: int) -> SCANVI:
     """A default model, with ten labels of each type."""
     adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], n_per_label=10, seed=seed)
     SCANVI.setup_anndata(adata, labels_key="given", unlabeled_category="Unknown")
-    return SCANVI(adata, seed=seed).train(max_epochs=epochs, progress_bar=False)
+    return SCANVI(adata, seed=seed).train(max_epochs=epochs, objective=ELBO(), progress_bar=False)
 
 
 def simulated(model: SCANVI, library: torch.Tensor) -> ad.AnnData:

@@ -20,7 +20,7 @@ import anndata as ad
 import matplotlib
 import pandas as pd
 
-from pyro_scanvi import SCANVI, datasets, experiments
+from pyro_scanvi import ELBO, SCANVI, datasets, experiments
 from pyro_scanvi.experiments import Settings
 
 matplotlib.use("agg")
@@ -61,7 +61,9 @@ class Bench:
         cells.obs["given"] = datasets.hide_labels(cells.obs[self.given.truth], 10, seed=0)
         SCANVI.setup_anndata(cells, "given", "Unknown", **self.setup)
         train = {**self.common.train, "max_epochs": self.given.trained}
-        return SCANVI(cells, **self.common.model).train(train_size=1.0, progress_bar=False, **train)
+        return SCANVI(cells, **self.common.model).train(
+            train_size=1.0, objective=ELBO(), progress_bar=False, **train
+        )
 
 
 def gradients(bench: Bench) -> Finished:

@@ -4,7 +4,7 @@ from pyro_scanvi.data.counts import drop_empty_cells
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.estimator.scanvi import SCANVI
 from pyro_scanvi.model.objective import ObjectiveParts, SemiSupervisedELBO
-from pyro_scanvi.model.objectives import ELBO, IWAE, PyroLoss, Renyi
+from pyro_scanvi.model.objectives import ELBO, IWAE, Layered, PyroLoss, Renyi
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.validation import InputError
 
@@ -15,6 +15,7 @@ __all__ = [
     "SCANVI",
     "Cells",
     "InputError",
+    "Layered",
     "ObjectiveParts",
     "PyroLoss",
     "Renyi",

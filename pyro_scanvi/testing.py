@@ -356,7 +356,9 @@ def it_is_saved(subject: Subject) -> None:
             subject.adata.copy(), path, module_class=subject.module_class, parts=parts or None
         )
     for opened, how in ((again, "load"), (query, "load_query_data")):
-        answers = [m.predict(soft=True, seed=0).to_numpy() for m in (model, opened)]
+        answers = [
+            m.predict(soft=True, method="classifier", seed=0).to_numpy() for m in (model, opened)
+        ]
         elbos = [m.get_elbo(seed=0) for m in (model, opened)]
         if not (np.array_equal(*answers) and elbos[0] == elbos[1]):
             raise AssertionError(
@@ -372,7 +374,7 @@ def it_grows(subject: Subject) -> None:
     new, labels = _with_new_categories(model)
     with _said_of(subject, f"mapped onto cells of a new batch, with new labels {labels}"):
         query = SCANVI.load_query_data(new, model, extend_labels=labels)
-        probabilities = query.predict(soft=True).to_numpy()
+        probabilities = query.predict(soft=True, method="classifier").to_numpy()
     shapes_fit(replace(subject, adata=new))
     n_labels = len(model.fields.classes) + len(labels)
     if probabilities.shape[1] != n_labels or not np.isfinite(probabilities).all():

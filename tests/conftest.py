@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 import torch
 
-from pyro_scanvi import SCANVI
+from pyro_scanvi import ELBO, SCANVI
 from tests.examples import simulated, small_model
 
 matplotlib.use("agg")
@@ -30,7 +30,12 @@ def trained() -> SCANVI:
     """
     plan = {"lr": 1e-2}
     return small_model(simulated()).train(
-        25, batch_size=32, check_val_every_n_epoch=5, plan_kwargs=plan, progress_bar=False
+        25,
+        batch_size=32,
+        check_val_every_n_epoch=5,
+        plan_kwargs=plan,
+        objective=ELBO(),
+        progress_bar=False,
     )
 
 

@@ -19,7 +19,7 @@ LAYERS = [  # from above; what stands in one line does not know the others of it
     {"model"},
     {"scvi_tools"},
     {"data"},
-    {"storage"},
+    {"annotation", "storage"},
     {"datasets", "metrics", "validation"},
     {"names", "threads"},
 ]
@@ -85,7 +85,7 @@ def test_questions_read_of_a_model_what_is_trained_alone(theme):
     names = [n for n in nodes if isinstance(n, ast.Name) and n.id == "self"]
     read = [n.attr for n in nodes if isinstance(n, ast.Attribute) and n.value in names]
     assert len(read) == len(names), "self is not handed on"
-    assert set(read) <= {"module", "fields", "adata", "encoded"}
+    assert set(read) <= {"module", "fields", "adata", "encoded", "consensus", "label_method"}
     assert theme in SCANVI.__bases__
 
 

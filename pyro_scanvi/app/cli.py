@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 
 from pyro_scanvi import datasets
-from pyro_scanvi.app.report import score_table, write_report
+from pyro_scanvi.app.report import leak_sentence, score_table, write_report
 from pyro_scanvi.data.columns import check_names
 from pyro_scanvi.data.counts import empty_cells
-from pyro_scanvi.estimator.scanvi import DEFAULTS, FEW_LABELS_PLAN, SCANVI
+from pyro_scanvi.estimator.scanvi import DEFAULTS, SCANVI
 from pyro_scanvi.storage.files import (
     check_makeable,
     is_within,
@@ -110,9 +110,6 @@ DropoutRate = Annotated[
 LinearClassifier = Annotated[
     bool, typer.Option(help="Classify the latent space by one linear layer.")
 ]
-ClassificationRatio = Annotated[
-    float, typer.Option(min=0, help="Weight of the cross-entropy against the ELBO of one cell.")
-]
 EarlyStopping = Annotated[
     bool, typer.Option(help="Stop when the ELBO of the held-out cells rises no more.")
 ]
@@ -157,7 +154,6 @@ def annotate(
     n_latent: NLatent = DEFAULTS["n_latent"],
     dropout_rate: DropoutRate = DEFAULTS["dropout_rate"],
     linear_classifier: LinearClassifier = DEFAULTS["linear_classifier"],
-    classification_ratio: ClassificationRatio = FEW_LABELS_PLAN["classification_ratio"],
     early_stopping: EarlyStopping = False,
     seed: Seed = 0,
     report: Report = None,
@@ -198,10 +194,7 @@ def annotate(
             dropout_rate=dropout_rate,
             linear_classifier=linear_classifier,
         )
-        plan = {"classification_ratio": classification_ratio}
-        model.train(
-            max_epochs, batch_size=batch_size, early_stopping=early_stopping, plan_kwargs=plan
-        )
+        model.train(max_epochs, batch_size=batch_size, early_stopping=early_stopping)
         _write_annotated(model, output, layout, report)
 
 
@@ -223,7 +216,7 @@ def demo(
         adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], labels_per_type, seed)
         SCANVI.setup_anndata(adata, "given", "Unknown")
         model = SCANVI(adata, seed=seed)
-        model.train(max_epochs, plan_kwargs=FEW_LABELS_PLAN)
+        model.train(max_epochs)
         model.annotate()
         _write_report(model, folder)
         write_anndata(adata, folder / "annotated.h5ad")
@@ -254,6 +247,8 @@ def _write_annotated(
 def _write_report(model: SCANVI, folder: Path) -> None:
     for path in write_report(model, folder):
         _say(f"picture: {path}")
+    if leak := leak_sentence(model):
+        _say(leak)
 
 
 def _check_outputs(output: Path, folder: Path | None, source: Path, overwrite: bool) -> None:

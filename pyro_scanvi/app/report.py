@@ -13,7 +13,7 @@ from rich.table import Table
 from pyro_scanvi.app import plotting
 from pyro_scanvi.app.baselines import baseline_probabilities
 from pyro_scanvi.estimator.scanvi import SCANVI
-from pyro_scanvi.metrics import label_scores
+from pyro_scanvi.metrics import label_scores, within_type_leak
 from pyro_scanvi.names import name_of
 from pyro_scanvi.storage.files import disk_errors, make_folder, replacing
 
@@ -73,6 +73,24 @@ def _short_names(names: set[str]) -> dict[str, str]:
     half = LONGEST_NAME // 2
     short = {n: n if len(n) <= LONGEST_NAME else f"{n[:half]}...{n[-half:]}" for n in names}
     return short if len(set(short.values())) == len(names) else {n: n for n in names}
+
+
+def leak_sentence(model: SCANVI) -> str:
+    """Whether labelled cells lie among their kind, by the labels that cells were given or told.
+
+    Empty where no label has two labelled cells and an unlabelled one.
+    """
+    obs, fields = model.adata.obs, model.fields
+    given = fields.with_named_unlabeled(obs[[fields.labels_key]])[fields.labels_key].map(name_of)
+    labelled = (given != fields.unlabeled_category).to_numpy()
+    types = np.where(labelled, given, obs["scanvi_prediction"].map(name_of))
+    leak = within_type_leak(model.adata.obsm["X_scanvi"], types, labelled).mean()
+    if np.isnan(leak):
+        return ""
+    return (
+        f"leak of labels into the latent space: {leak:.2f} (about .5 where labelled cells lie "
+        "among their kind; 1 where they lie on islands, or are all of one batch that lies apart)"
+    )
 
 
 def score_table(model: SCANVI) -> Table:

@@ -10,6 +10,8 @@ import anndata as ad
 import torch
 from torch import Tensor
 
+from pyro_scanvi.annotation.arrays import from_arrays, to_arrays
+from pyro_scanvi.annotation.consensus import Consensus
 from pyro_scanvi.data import notes
 from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.model.scanvae import SCANVAE
@@ -41,6 +43,8 @@ class Saved:
         Name of the class of the module.
     cells
         The AnnData, where it was asked for.
+    consensus
+        The rules by which cells are labelled; None where there are none.
     """
 
     state: Mapping[str, Tensor]
@@ -54,11 +58,12 @@ class Saved:
     training_settings: dict[str, Any]
     module_class: str
     cells: ad.AnnData | None
+    consensus: Consensus | None = None
 
     @classmethod
     def read(cls, directory: str | Path, with_cells: bool = False) -> "Saved":
         """Of a folder; raises InputError if it is damaged, or lacks cells that are asked for."""
-        state, record, cells = models.read_model(user_path(directory), with_cells)
+        state, record, cells, rules = models.read_model(user_path(directory), with_cells)
         freeze = record.get("freeze")  # not in records of plain models
         return cls(
             state=state,
@@ -72,6 +77,7 @@ class Saved:
             history=History(record["history"]),
             training_settings=record["training_settings"],
             cells=cells,
+            consensus=from_arrays(rules) if rules else None,
         )
 
     def write(self, directory: Path) -> None:
@@ -88,7 +94,8 @@ class Saved:
             "is_trained": self.is_trained,
             "freeze": None if self.freeze is None else asdict(self.freeze),
         }
-        models.write_model(directory, self.state, record, self.cells)
+        rules = None if self.consensus is None else to_arrays(self.consensus)
+        models.write_model(directory, self.state, record, self.cells, rules)
 
     def check_class(self, module_class: type[SCANVAE]) -> None:
         """Refuse to put weights into another class than they were saved from."""
@@ -111,4 +118,6 @@ class Saved:
         with torch.random.fork_rng():
             module = module_class(**(self.fields.sizes() | self.arguments | library)).eval()
         module.load_state_dict(self.state)
-        return Reference(module, self.fields, self.arguments, self.seed, self.is_trained)
+        return Reference(
+            module, self.fields, self.arguments, self.seed, self.is_trained, self.consensus
+        )

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,24 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
+from pyro_scanvi.annotation.consensus import Consensus, fit_consensus, labelled_cells
 from pyro_scanvi.data.columns import weights_of
 from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.data.label_sources import LabelSources
 from pyro_scanvi.data.labels import WRITTEN
-from pyro_scanvi.data.minibatches import CellData, library_prior, split
+from pyro_scanvi.data.minibatches import UNLABELED, CellData, library_prior, split
 from pyro_scanvi.data.notes import UNS_KEY
 from pyro_scanvi.estimator import summary
 from pyro_scanvi.estimator.saved import Saved
-from pyro_scanvi.model.objectives import Objective
+from pyro_scanvi.model.objectives import Layered, Objective
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.names import first
 from pyro_scanvi.posterior.correlation import Correlation
 from pyro_scanvi.posterior.differential import DifferentialExpression
+from pyro_scanvi.posterior.draws import minibatch_size, seeded
 from pyro_scanvi.posterior.evidence import Evidence
 from pyro_scanvi.posterior.expression import Expression
-from pyro_scanvi.posterior.labels import Labels
+from pyro_scanvi.posterior.labels import CLASSIFIER, CONSENSUS, Labels, latent_points
 from pyro_scanvi.posterior.latent import LatentSpace
 from pyro_scanvi.scvi_tools import names as scvi_names
 from pyro_scanvi.scvi_tools.saves import read_save
@@ -73,11 +75,8 @@ FROM_DATA = (
 
 PLAN_SETTINGS = [field.name for field in fields(Plan) if field.name != "objective"]
 
-# Where they differ from those of SCANVAE, which are scvi-tools': with few labels these label other
-# cells better. The encoder learns the labelled cells by heart all the same: in the latent space
-# they lie apart from the unlabelled cells of their type.
+# Where they differ from those of SCANVAE, which are scvi-tools'.
 DEFAULTS: dict[str, Any] = {"n_latent": 20, "dropout_rate": 0.5, "linear_classifier": True}
-FEW_LABELS_PLAN: dict[str, Any] = {"classification_ratio": 500.0}  # for about ten of each type
 
 
 class SCANVI(
@@ -113,9 +112,9 @@ class SCANVI(
     history
         One row for each epoch and split ("train", "validation"; of a warm start "pretrain",
         "pretrain_validation"): elbo, reconstruction, one kl_* for each latent site,
-        cross_entropy (nats per cell), accuracy, macro_f1 and calibration_error of the labelled
-        cells. It also answers as that of scvi-tools does, ``history["elbo_train"]``; see
-        :class:`~pyro_scanvi.training.history.History`.
+        cross_entropy (nats per cell), accuracy, macro_f1 and calibration_error of the classifier
+        on the labelled cells. It also answers as that of scvi-tools does,
+        ``history["elbo_train"]``; see :class:`~pyro_scanvi.training.history.History`.
     training_settings
         How :meth:`train` was last called.
     is_trained
@@ -173,6 +172,7 @@ class SCANVI(
         self.training_settings: dict[str, Any] = {}
         self.is_trained = False
         self.freeze: freezing.Freeze | None = None
+        self.rules = Rules()
 
     @classmethod
     def load_scvi_tools(
@@ -206,6 +206,7 @@ class SCANVI(
             model = cls(adata, seed=seed, **_explicit(arguments))
         model.module = SCANVAE.from_scvi_tools(save.state_dict, **arguments)
         model.is_trained = True
+        model.rules = Rules(honest=False)  # labels have shaped its latent space
         return model
 
     @classmethod
@@ -417,7 +418,7 @@ class SCANVI(
             Cells in a minibatch.
         class_balanced
             Draw labelled cells so that each label is seen equally often, by the ELBO too. For rare
-            types; the probabilities are then those of equally frequent types.
+            types; the classifier's probabilities are then those of equally frequent types.
         cell_weights
             Weight of each cell in the objective, positive: numbers or a column of obs. A weight of
             2 is as if the cell were there twice; they are scaled to a mean of 1.
@@ -430,11 +431,14 @@ class SCANVI(
             Fields of :class:`~pyro_scanvi.training.settings.Plan`: learning rate, optimiser, KL
             warm-up, ...
         objective
-            What is minimised: :class:`~pyro_scanvi.ELBO` with settings, such as
-            ``ELBO(num_particles=5)``, an importance-weighted bound, ``IWAE()``, a loss of Pyro,
-            ``PyroLoss(...)``, or one of one's own: called with the module and the plan, it gives
+            What is minimised. None is ``Layered()``: the latent space is learned as in scVI, and
+            types upon it, so that labelled cells lie among their kind. ``ELBO()`` is the paper's,
+            and the one for a prior or a guide of one's own: all of the story shapes the latent
+            space, with few labels so much that labelled cells lie on islands. With settings,
+            ``ELBO(num_particles=5)``; an importance-weighted bound, ``IWAE()``; a loss of Pyro,
+            ``PyroLoss(...)``; or one of one's own: called with the module and the plan, it gives
             what has ``parts(cells)`` and ``kl_weight``; see
-            :class:`~pyro_scanvi.model.objectives.Objective`. None is ``ELBO()``. Held-out cells are
+            :class:`~pyro_scanvi.model.objectives.Objective`. Held-out cells are
             scored by it too, and `elbo` in the history is the bound that is trained; a warm start
             keeps its own. ``training_settings`` and checkpoints tell it as text.
         callbacks, logger
@@ -505,7 +509,7 @@ class SCANVI(
             progress_bar=progress_bar,
             trainer_kwargs=trainer_kwargs,
         )
-        plan = Plan.of(plan_kwargs or {}, objective)
+        plan = Plan.of(plan_kwargs or {}, Layered() if objective is None else objective)
         self._fit(plan, data_settings, trainer_settings, cell_weights, ckpt_path)
         return self
 
@@ -532,6 +536,8 @@ class SCANVI(
             self.history = History(rows)
             self.is_trained |= runs.has_learned_labels(rows)
         self.training_settings = plan.record() | asdict(data_settings)
+        if self.freeze is None:  # a query keeps the rules of its reference
+            self.rules = Rules(honest=self.rules.honest and plan.hides_labels)
 
     @property
     def n_epochs_trained(self) -> int:
@@ -736,7 +742,8 @@ class SCANVI(
         Warns
         -----
         UserWarning
-            If a label of `extend_labels` labels no cell.
+            If a label of `extend_labels` labels no cell, or the cells do not look like those of any
+            label of the reference.
 
         References
         ----------
@@ -763,6 +770,9 @@ class SCANVI(
             growing.grow(source.vae, model.module)
         model.is_trained = source.is_trained
         model.freeze = freezing.frozen(source.vae, model.module, **flags)
+        if len(fields.classes) == len(source.fields.classes):  # new labels have no rule
+            model.rules = Rules(source.consensus, honest=source.consensus is not None)
+        query.warn_of_strangers(source.consensus, model._data)
         return model
 
     def state_diff(self, reference: "SCANVI | str | Path") -> pd.DataFrame:
@@ -878,6 +888,7 @@ class SCANVI(
             training_settings=self.training_settings,
             module_class=type(self.module).__qualname__,
             cells=self._training_anndata() if save_anndata else None,
+            consensus=self.consensus() if self.label_method == CONSENSUS else None,
         )
         saved.write(directory)
 
@@ -920,6 +931,7 @@ class SCANVI(
             model.module.load_state_dict(saved.state)
         model.history, model.training_settings = saved.history, saved.training_settings
         model.is_trained, model.freeze = saved.is_trained, saved.freeze
+        model.rules = Rules(saved.consensus, saved.consensus is not None or not saved.is_trained)
         if saved.freeze is not None:
             freezing.hold(model.module, saved.freeze)
         return model
@@ -959,6 +971,44 @@ class SCANVI(
             return sizes
         means, variances = library_prior(self._data, sizes["n_batch"])
         return sizes | {"library_log_means": means, "library_log_vars": variances}
+
+    @property
+    def label_method(self) -> str:
+        """How :meth:`predict` finds labels unless it is told."""
+        there = self.rules.consensus is not None or self._can_learn_rules()
+        return CONSENSUS if self.is_trained and there else CLASSIFIER
+
+    def consensus(self) -> Consensus:
+        """The label rules of the labelled cells, learned anew where the weights have moved."""
+        self._check_trained()
+        moved = self.rules.moved(self.module)
+        if self.rules.consensus is not None and not (moved and self._can_learn_rules()):
+            return self.rules.consensus
+        if not self._can_learn_rules():
+            raise InputError(
+                "there are no label rules: they are learned from cells whose labels are exact, of "
+                "one annotator who does not err, at least one cell of each label and two of one, "
+                "and in a latent space that labels have not shaped, as by the default objective of "
+                "train; ask the model itself, predict(method='classifier')"
+            )
+        chosen = labelled_cells(self._data.label, self.seed)
+        data = self._data.subset(chosen)
+        with seeded(self.seed):  # of a guide without a mean it is drawn
+            latent = latent_points(self.module, data, minibatch_size(None)).astype(np.float64)
+        found = fit_consensus(data.counts, latent, data.label, self.seed)
+        self.rules = Rules(found, version=weights_version(self.module))
+        return found
+
+    def _can_learn_rules(self) -> bool:
+        """Whether labels are exact and of all classes, and the classifier is no part of one's own.
+
+        Who gives another q(y | z) asks for its answers.
+        """
+        data, vae = self._data, self.module
+        exact = data.evidence is None and data.annotations is None and vae.label_noise.is_exact
+        known = data.label[data.label != UNLABELED]
+        enough = len(np.unique(known)) == vae.n_labels < len(known)
+        return self.rules.honest and exact and enough and type(vae).q_y is SCANVAE.q_y
 
     def encoded(
         self,
@@ -1011,6 +1061,36 @@ class SCANVI(
             self.fields.check_labels_unchanged(self.adata, self._data)
 
 
+@dataclass(frozen=True)
+class Rules:
+    """The label rules of a model, and what they were learned with.
+
+    Attributes
+    ----------
+    consensus
+        The rules; None until they are learned.
+    honest
+        Whether they can be learned: labels have not shaped the latent space, so that what is held
+        out from the rules tells how good they are.
+    version
+        That of the weights, by :func:`weights_version`; None where they stay whatever happens.
+    """
+
+    consensus: Consensus | None = None
+    honest: bool = True
+    version: tuple[int, ...] | None = None
+
+    def moved(self, vae: SCANVAE) -> bool:
+        """Whether the weights have changed since."""
+        return self.version is not None and self.version != weights_version(vae)
+
+
+def weights_version(vae: SCANVAE) -> tuple[int, ...]:
+    """Another one after each step of an optimiser, and after any other change in place."""
+    tensors = vae.state_dict(keep_vars=True).values()
+    return tuple(number for t in tensors for number in (id(t), t._version))
+
+
 def _explicit(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments of a SCANVAE that the data do not give; its own defaults, not ours."""
     parameters = inspect.signature(SCANVAE).parameters
@@ -1030,6 +1110,7 @@ def _as_reference(
         reference.vae_arguments,
         reference.seed,
         reference.is_trained,
+        reference.consensus() if reference.label_method == CONSENSUS else None,
     )
 
 

@@ -16,6 +16,7 @@ from pyro_scanvi.experiments.intervals import against, check_seeds, summary, tid
 from pyro_scanvi.experiments.plotting import of_metric, points
 from pyro_scanvi.experiments.running import apart, clock, tracked
 from pyro_scanvi.metrics import label_scores
+from pyro_scanvi.model.objectives import ELBO
 from pyro_scanvi.training.nonfinite import NonFiniteError
 from pyro_scanvi.validation import InputError, check_at_least, check_flags, check_known, is_number
 
@@ -76,15 +77,16 @@ class Trial:
         return SCANVI(self.training, seed=self.seed, **settings.model)
 
     def train(self, model: SCANVI, settings: Settings) -> SCANVI:
-        """On all cells, unless the settings say otherwise, and without a bar of its own."""
-        arguments = {"train_size": 1.0, "progress_bar": False} | dict(settings.train)
+        """By the paper's ELBO on all cells, unless the settings say otherwise, without a bar."""
+        arguments = {"train_size": 1.0, "progress_bar": False, "objective": ELBO()}
+        arguments |= settings.train
         return model.train(**arguments)
 
     def scores(self, model: SCANVI) -> Iterator[tuple[str, float]]:
         """Of the hidden labels of cells trained on, and of the likelihood of held-out cells."""
         hidden = self.training.obs[GIVEN].to_numpy() == HIDDEN
         truth = self.training.obs[self.truth].astype(str).to_numpy()[hidden]
-        soft = model.predict(soft=True).to_numpy()[hidden]
+        soft = model.predict(soft=True, method="classifier").to_numpy()[hidden]
         code = pd.Index([str(name) for name in model.fields.classes]).get_indexer(truth)
         yield from label_scores(code, soft).items()
         yield "elbo", model.get_elbo(self.held_out, seed=self.seed)

@@ -49,9 +49,12 @@ class LabelNoise(nn.Module, ABC):
     ----------
     is_matrix
         Whether its tensors have labels on two axes, which a query's new labels cannot enlarge.
+    is_exact
+        Whether a given label is the label.
     """
 
     is_matrix: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, given: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
@@ -81,6 +84,8 @@ class LabelNoise(nn.Module, ABC):
 
 class NoNoise(LabelNoise):
     """Annotators are right, so that what they say adds up."""
+
+    is_exact: ClassVar[bool] = True
 
     def __init__(self, sizes: LabelSizes):
         super().__init__()

@@ -21,10 +21,10 @@ Further observed sites add their -log p. Sites that all cells share, outside the
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from pyro.distributions import Delta, OneHotCategorical, TorchDistribution
+from pyro.distributions import Delta, Normal, OneHotCategorical, TorchDistribution
 from pyro.infer.elbo import ELBOModule
 from pyro.poutine import Trace
 from torch import Tensor
@@ -32,7 +32,14 @@ from torch.distributions import kl_divergence
 
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.contracts import check_traces
-from pyro_scanvi.model.pyro_internals import RevisedELBO, Site, in_cells, set_log_prob, sites
+from pyro_scanvi.model.pyro_internals import (
+    HeldBelow,
+    RevisedELBO,
+    Site,
+    in_cells,
+    set_log_prob,
+    sites,
+)
 
 SMALLEST_WEIGHT = 1e-30  # a minibatch without labels has no classification term
 CLOSED_FORM = ("u", "l")
@@ -247,10 +254,14 @@ class SemiSupervisedELBO(RevisedELBO):
         posterior = sites(guide_trace)
         shared = {name: s["value"] for name, s in posterior.items() if is_shared(s)}
         cells = replace(cells, shared=shared)
-        z = self.point(posterior["z"]["fn"])
+        z = self._point(posterior["z"]["fn"])
         z = z if self.num_particles == 1 else z[0]  # all particles have one q(z | x)
         q_y = self.classifier(z, cells)
         return *classification_cost(q_y, self._evidence(cells, q_y.logits.shape[-1])), q_y.logits
+
+    def _point(self, q_z: TorchDistribution) -> Tensor:
+        """The z at which cells are classified."""
+        return self.point(q_z)
 
     def _evidence(self, cells: Cells, n_labels: int) -> Tensor:
         if self.evidence is None:
@@ -286,6 +297,53 @@ class SemiSupervisedELBO(RevisedELBO):
                 _weigh(p[name], q.get(name), self.kl_weight)
             for name in shared.difference(p):  # auxiliary draws of an AutoGuide
                 set_log_prob(q[name], self.kl_weight * q[name]["unscaled_log_prob"])
+
+
+class LayeredELBO(SemiSupervisedELBO):
+    r"""The same value, with the gradient of M1 and M2 learned one upon the other.
+
+    Encoder, decoder and dispersion follow the ELBO of scVI, in which z has a standard Normal prior
+    and cells have no type; the networks of u, y and z given u and y, and the classifier, follow the
+    ELBO of scANVI at that z, which they do not move:
+
+    .. math:: \nabla \big[ \log p(x \mid z, l) - \log q(z \mid x) + \log \mathcal N(z; 0, I) \big]
+        + \nabla_{z \text{ fixed}} \big[ \log p(z \mid u, y) - w\,(\mathrm{KL}_u + \mathrm{KL}_y)
+        + r \log q(y \mid \bar z) \big]
+
+    So neither labels nor what the classifier makes of other cells can pull cells together, and
+    labelled cells lie among their kind. It is how Kingma et al. (2014, arXiv 1406.5298, section
+    2.3) train M1+M2, in one run. The encoder is not that of the tightest bound: for the best ELBO
+    take :class:`SemiSupervisedELBO`.
+
+    Examples
+    --------
+    >>> from pyro_scanvi import SCANVAE
+    >>> vae = SCANVAE(n_input=30, n_labels=2, n_hidden=8, n_latent=3)
+    >>> cells = Cells.from_counts(torch.ones(6, 30), label=torch.tensor([0, 1, -1, -1, -1, -1]))
+    >>> losses = []
+    >>> for kind in (SemiSupervisedELBO, LayeredELBO):
+    ...     _ = torch.manual_seed(0)
+    ...     losses.append(kind(vae.q_y)(vae.model, vae.guide)(cells).item())
+    >>> losses[0] == losses[1]
+    True
+    """
+
+    def traces(self, model: Callable, guide: Callable, *args: Any) -> tuple[Trace, Trace]:
+        """Traces in which what depends on z does not move it, but for the counts."""
+        return super().traces(model, HeldBelow("z")(guide), *args)
+
+    def revise(self, model_trace: Trace, guide_trace: Trace) -> None:
+        """The gradient of a standard Normal prior in the place of that of p(z | u, y)."""
+        super().revise(model_trace, guide_trace)
+        p, q = sites(model_trace).get("z"), sites(guide_trace).get("z")
+        if p is None or q is None:
+            return
+        z = q["value"]
+        standard = Normal(torch.zeros_like(z), 1.0).to_event(p["fn"].event_dim).log_prob(z)
+        set_log_prob(p, p["fn"].log_prob(z.detach()) + standard - standard.detach())
+
+    def _point(self, q_z: TorchDistribution) -> Tensor:
+        return super()._point(q_z).detach()
 
 
 def classification_cost(q_y: OneHotCategorical, evidence: Tensor) -> tuple[Tensor, Tensor]:

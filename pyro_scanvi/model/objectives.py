@@ -34,7 +34,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pyro.distributions import OneHotCategorical, TorchDistribution
@@ -47,6 +47,7 @@ from pyro_scanvi.model.objective import (
     WEIGHTED,
     Bound,
     BoundModule,
+    LayeredELBO,
     ObjectiveParts,
     SemiSupervisedELBO,
     enumeration_weight,
@@ -106,7 +107,7 @@ def _given(vae: SCANVAE, plan: ObjectiveSettings) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ELBO:
-    """The default: :class:`SemiSupervisedELBO`, with settings.
+    """The paper's: :class:`SemiSupervisedELBO`, with settings; types shape the latent space.
 
     Attributes
     ----------
@@ -142,6 +143,17 @@ class ELBO:
             weighted=self.weighted,
             num_particles=self.num_particles,
         )(vae.model, vae.guide)
+
+
+@dataclass(frozen=True)
+class Layered(ELBO):
+    """What :meth:`SCANVI.train` minimises unless told: :class:`LayeredELBO`, with settings.
+
+    The latent space is that of scVI, and types are learned upon it.
+    """
+
+    hides_labels: ClassVar[bool] = True  # from the encoder
+    kind: type[SemiSupervisedELBO] = LayeredELBO
 
 
 @dataclass(frozen=True)

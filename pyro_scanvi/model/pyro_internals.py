@@ -89,6 +89,18 @@ class _Particles(Messenger):
             BroadcastMessenger._pyro_sample(msg)
 
 
+class HeldBelow(Messenger):
+    """What follows a site gets its value without a gradient; the trace around keeps it with one."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == self.name and msg["value"] is not None:
+            msg["value"] = msg["value"].detach()
+
+
 def sites(trace: Trace) -> dict[str, Site]:
     """The sites of a trace by name, in their order; changing one changes the trace."""
     return cast(dict[str, Site], trace.nodes)

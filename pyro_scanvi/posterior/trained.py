@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import anndata as ad
 import pandas as pd
 
+from pyro_scanvi.annotation.consensus import Consensus
 from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.data.minibatches import CellData
 from pyro_scanvi.model.scanvae import SCANVAE
@@ -41,4 +42,13 @@ class Trained:
         Extra data are read by what replays the model, of which they are observed; the guide and the
         decoder of counts do not need them, unless factors of one's own read them.
         """
+        raise NotImplementedError
+
+    @property
+    def label_method(self) -> str:
+        """How labels are found unless it is said."""
+        raise NotImplementedError
+
+    def consensus(self) -> Consensus:
+        """The label rules; InputError where there are none and none can be learned."""
         raise NotImplementedError

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from anndata import AnnData
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -30,6 +32,7 @@ from pyro_scanvi.validation import InputError
 FORMAT = 2  # that of models with parts of one's own; all others are written as before
 WITHOUT_PARTS = 1
 WEIGHTS, RECORD, CELLS = "weights.safetensors", "model.json", "cells.h5ad"
+RULES = "label_rules.safetensors"  # beside the weights, so that older versions open the model
 
 
 def check_target(directory: Path, overwrite: bool) -> None:
@@ -49,10 +52,12 @@ def write_model(
     state: Mapping[str, Tensor],
     record: Mapping[str, Any],
     adata: AnnData | None = None,
+    rules: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write a folder whole or not at all, and those above it; an old one is replaced at the end.
 
     A tensor of several names, such as that of a network that two parts hold, is written once.
+    `rules` are further arrays, of the rules by which cells are labelled.
     """
     same = _same_tensors(state)
     weights = save_safetensors({k: _own(v) for k, v in state.items() if k not in same})
@@ -60,18 +65,23 @@ def write_model(
     record = {"format": form, "weights_sha256": _digest(weights), **record}
     if same:
         record["same_tensors"] = same
+    arrays = save_arrays({k: np.ascontiguousarray(v) for k, v in (rules or {}).items()})
+    if rules:
+        record["rules_sha256"] = _digest(arrays)
     record["record_sha256"] = _digest(_canonical(record))
     with disk_errors(directory), making_parents(directory), replacing_folder(directory) as fresh:
         (fresh / WEIGHTS).write_bytes(weights)
         (fresh / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if rules:
+            (fresh / RULES).write_bytes(arrays)
         if adata is not None:
             write_anndata(adata, fresh / CELLS)
 
 
 def read_model(
     directory: Path, with_anndata: bool
-) -> tuple[dict[str, Tensor], dict[str, Any], AnnData | None]:
-    """Weights, record and, where asked for, AnnData of a folder that :func:`write_model` wrote.
+) -> tuple[dict[str, Tensor], dict[str, Any], AnnData | None, dict[str, np.ndarray]]:
+    """Weights, record, AnnData where asked for, and label rules of what :func:`write_model` wrote.
 
     Raises
     ------
@@ -88,18 +98,20 @@ def read_model(
     if with_anndata and not (directory / CELLS).is_file():
         raise InputError(f"{directory} was saved without its cells; give them: load(dir, adata)")
     record = _read_record(directory / RECORD)
-    weights = (directory / WEIGHTS).read_bytes()
-    if _digest(weights) != record["weights_sha256"]:
-        raise InputError(
-            f"{directory / WEIGHTS} is damaged: its checksum is not that of the record"
-        )
-    state = load_safetensors(weights)
+    state = load_safetensors(_undamaged(directory / WEIGHTS, record["weights_sha256"]))
     state |= {name: state[first] for name, first in record.get("same_tensors", {}).items()}
-    return (
-        state,
-        record,
-        read_anndata(directory / CELLS) if with_anndata else None,
-    )
+    rules: dict[str, np.ndarray] = {}
+    if "rules_sha256" in record:
+        rules = load_arrays(_undamaged(directory / RULES, record["rules_sha256"]))
+    return state, record, read_anndata(directory / CELLS) if with_anndata else None, rules
+
+
+def _undamaged(path: Path, digest: str) -> bytes:
+    """The bytes of a file; InputError if they are not those that were written."""
+    found = path.read_bytes() if path.is_file() else b""
+    if _digest(found) != digest:
+        raise InputError(f"{path} is damaged: its checksum is not that of the record")
+    return found
 
 
 def plain(value: Any, name: str) -> Any:

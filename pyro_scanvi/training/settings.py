@@ -59,7 +59,8 @@ class Plan:
         "Adam" or "AdamW", or a callable from parameters to a torch optimiser, which then chooses
         its own lr, weight_decay and eps.
     classification_ratio
-        Weight of the cross-entropy against the ELBO of one cell.
+        Weight of the cross-entropy against the ELBO of one cell; with ``Layered()`` it moves the
+        classifier alone.
     feed_labels
         Condition the ELBO on known labels (the paper), or marginalise them (scvi-tools).
     n_epochs_kl_warmup, n_steps_kl_warmup
@@ -144,15 +145,20 @@ class Plan:
         warm_up = self.n_epochs_kl_warmup or self.n_steps_kl_warmup
         return bool(warm_up) or self.max_kl_weight != 1
 
+    @property
+    def hides_labels(self) -> bool:
+        """Whether no label moves the encoder."""
+        return getattr(self.objective, "hides_labels", False)
+
     def record(self) -> dict[str, Any]:
         """The settings as JSON holds them; a callable by its name, with its settings.
 
-        The default objective is not among them, as in records of before there were others.
+        ELBO() is not among them, as in records of before there were other objectives.
         """
         settings = {f.name: getattr(self, f.name) for f in fields(self)}
         if callable(self.optimizer):
             settings["optimizer"] = _name(self.optimizer)
-        if settings.pop("objective") is not None:
+        if settings.pop("objective") not in (None, ELBO()):
             settings["objective"] = described(self.objective)
         return settings
 
@@ -342,7 +348,7 @@ class TrainerSettings:
 
 
 def default_max_epochs(n_cells: int) -> int:
-    """scvi-tools' 400, fewer above 20,000 cells, but 150 at most: learning by heart takes time."""
+    """scvi-tools' 400, fewer above 20,000 cells, but 150 at most."""
     return max(1, min(round(20_000 / n_cells * 400), 150))
 
 

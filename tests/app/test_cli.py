@@ -19,10 +19,11 @@ from typer.testing import CliRunner, Result
 
 from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.app.cli import app
+from pyro_scanvi.app.report import leak_sentence
 from pyro_scanvi.data import fields
 from pyro_scanvi.metrics import label_scores
 from pyro_scanvi.validation import Advice
-from tests.examples import simulated
+from tests.examples import simulated, small_model
 
 N, G = 40, 12
 ADDED = ["obs/scanvi_", "obsm/scanvi_probabilities", "obsm/X_scanvi", "uns/pyro_scanvi"]
@@ -217,6 +218,24 @@ def test_report(tmp_path):
     for path in (tmp_path / "out.h5ad", *pictures):
         assert f": {path}\n" in result.stdout
     assert torch.get_num_threads() == threads  # numba, below UMAP, changes it when it starts
+
+
+@pytest.mark.parametrize(("apart", "expected"), [(0.0, "0.5"), (9.0, "1.0")])
+def test_the_leak_is_told_of_what_was_written(apart, expected):
+    """Labelled cells are an island, or scattered among those that have the same prediction."""
+    adata = simulated(300)
+    model = small_model(adata)
+    adata.obs["scanvi_prediction"] = pd.Categorical(adata.obs["truth"])
+    latent = np.random.default_rng(0).normal(size=(300, 3))
+    labelled = (adata.obs["cell_type"] != "Unknown").to_numpy()
+    adata.obsm["X_scanvi"] = latent + apart * labelled[:, None]
+    told = leak_sentence(model)
+    found = float(re.search(r"space: (\d\.\d\d) ", told)[1])
+    assert abs(found - float(expected)) < 0.12
+    adata.obs["cell_type"] = np.where(
+        ~adata.obs["truth"].duplicated(), adata.obs["truth"], "Unknown"
+    )
+    assert leak_sentence(model) == "", "of single labelled cells nothing is told"
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])

@@ -13,6 +13,8 @@ from tests.examples import QUESTIONS, as_they_are, simulated, small_model
 QUIET = {"batch_size": 32, "progress_bar": False}
 ASKED = {
     "predict": {},
+    "predict_sets": {},
+    "get_novelty": {},
     "annotate": {},
     "get_latent_representation": {},
     "get_normalized_expression": {},

@@ -64,6 +64,7 @@ VALUES = {
     "pseudocounts": 0.01,
     "silent": True,
     "confidence": 0.4,
+    "reject": 0.2,
 }
 NESTED = {
     "y_prior": [0.25, 0.25, 0.5],
@@ -200,10 +201,12 @@ def test_every_question_is_asked():
         "get_latent_representation",
         "get_likelihood_parameters",
         "get_marginal_ll",
+        "get_novelty",
         "get_normalized_expression",
         "get_reconstruction_error",
         "posterior_predictive_sample",
         "predict",
+        "predict_sets",
     }
     assert "seed" in numbers_of(SCANVI.predict) and "fdr_target" in numbers_of(
         SCANVI.differential_expression

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_scanvi import SCANVI
+from pyro_scanvi import ELBO, SCANVI
 from tests.saved import make
 
 FOLDER = Path(make.__file__).parent
@@ -53,6 +53,6 @@ def test_a_query_maps_on_a_saved_model():
 
 def test_a_checkpoint_is_resumed_and_ends_as_the_whole_run():
     model = make.untrained(make.cells())
-    model.train(make.EPOCHS, ckpt_path=FOLDER / "run.ckpt", **make.RUN)
+    model.train(make.EPOCHS, ckpt_path=FOLDER / "run.ckpt", objective=ELBO(), **make.RUN)
     assert model.history["epoch"].max() == make.EPOCHS
     assert_as_noted(model, "resumed", ROUNDING_OF_A_RUN)

@@ -63,7 +63,7 @@ def test_scores_by_hand():
     assert shown.sum() == 15
     model = trial.train(trial.model(COMMON), COMMON)
     found = dict(trial.scores(model))
-    predicted = np.asarray(model.predict())[~shown].astype(str)
+    predicted = np.asarray(model.predict(method="classifier"))[~shown].astype(str)
     truth = trial.training.obs["truth"].to_numpy()[~shown].astype(str)
     assert found["accuracy"] == pytest.approx((predicted == truth).mean())
     assert found["macro_f1"] == pytest.approx(f1_score(truth, predicted, average="macro"))

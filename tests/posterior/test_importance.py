@@ -509,7 +509,9 @@ def test_evaluation_moves_nothing(model):
 
 
 def test_refusals(model):
-    with pytest.raises(ValueError, match="method='vote', expected one of 'classifier', 'bayes'"):
+    with pytest.raises(
+        ValueError, match="method='vote', expected one of 'consensus', 'classifier', 'bayes'"
+    ):
         model.predict(method="vote")
     for bad in (0, 1.5, -1):
         with pytest.raises(ValueError, match="n_mc_samples=.*expected an integer of at least 1"):

@@ -120,7 +120,7 @@ def test_partial_answers_are_those_of_the_sets_that_were_set_up():
 
 @pytest.mark.parametrize("changes", [{"confidence": 0}, {"confidence": 1.5}, {"confidence": "a"}])
 def test_a_confidence_is_a_probability(model, changes):
-    with pytest.raises(InputError, match="expected a probability"):
+    with pytest.raises(InputError, match="expected a share"):
         model.predict(**changes)
 
 

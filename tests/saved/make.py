@@ -51,7 +51,7 @@ def untrained(adata: ad.AnnData) -> SCANVI:
 def answers(model: SCANVI) -> dict[str, np.ndarray]:
     """Label probabilities (N, L), latent space (N, K) and ELBO (N,)."""
     return {
-        "probabilities": model.predict(soft=True).to_numpy(),
+        "probabilities": model.predict(soft=True, method="classifier").to_numpy(),
         "latent": model.get_latent_representation(),
         "elbo": model.get_elbo(return_mean=False, seed=0),
     }

@@ -10,7 +10,7 @@ import pytest
 
 from pyro_scanvi import SCANVI, InputError
 
-FILES = ("weights.safetensors", "model.json")
+FILES = ("weights.safetensors", "model.json", "label_rules.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_a_new_nested_folder_at_home(model, adata, home, kind):
     path = kind("~/runs/1/model")
     model.save(path, save_anndata=True)
     assert everything(home / "runs" / "1") == sorted(
-        ["model", "model/cells.h5ad", "model/model.json", "model/weights.safetensors"]
+        ["model", "model/cells.h5ad", *(f"model/{name}" for name in FILES)]
     )
     expected = model.predict(soft=True)
     pd.testing.assert_frame_equal(SCANVI.load(path).predict(soft=True), expected)

@@ -10,7 +10,16 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from pyro.infer import TraceEnum_ELBO
 
-from pyro_scanvi import ELBO, IWAE, SCANVI, InputError, ObjectiveParts, PyroLoss, SemiSupervisedELBO
+from pyro_scanvi import (
+    ELBO,
+    IWAE,
+    SCANVI,
+    InputError,
+    Layered,
+    ObjectiveParts,
+    PyroLoss,
+    SemiSupervisedELBO,
+)
 from pyro_scanvi.training.nonfinite import NonFiniteError
 from pyro_scanvi.training.settings import Plan, described
 from tests.examples import simulated, small_model
@@ -116,14 +125,15 @@ def test_it_stands_in_the_record_and_in_what_is_saved(tmp_path):
     assert opened.training_settings == model.training_settings
 
 
-def test_the_default_is_left_out_of_the_record():
+def test_the_first_objective_is_left_out_of_the_record():
     """Records and checkpoints are those of before there were others."""
     assert "objective" not in Plan().record()
-    assert "objective" not in trained(None, 1).training_settings
+    assert "objective" not in trained(ELBO(), 1).training_settings
+    assert trained(None, 1).training_settings["objective"] == described(Layered())
 
 
-def test_the_default_is_that_objective_to_the_bit():
-    assert_equal(trained(ELBO()), trained(None))
+def test_the_default_is_layered_to_the_bit():
+    assert_equal(trained(Layered()), trained(None))
 
 
 def test_it_is_no_field_of_plan_kwargs():
@@ -143,8 +153,8 @@ def test_stopped_and_resumed(tmp_path, part):
     whole = trained(part, 3, **more)
     trained(part, 1, checkpoint_dir=tmp_path, **more)
     path = tmp_path / "last.ckpt"
-    for other in (None, Compact(0.7)):
-        was, now = repr(described(part)), repr(other and described(other))
+    for other in (Layered(), Compact(0.7)):
+        was, now = repr(described(part)), repr(described(other))
         with pytest.raises(InputError) as caught:
             trained(other, 3, ckpt_path=path, pretrain_epochs=1)
         assert f"objective was {was}, is {now}" in str(caught.value)

@@ -1,0 +1,139 @@
+r"""The label of a cell by its counts and by its latent state, with a temperature.
+
+.. math:: p(y \mid x) \propto \big[ p_1(y \mid \tilde x)\, p_2(y \mid z) \big]^{\beta / 2},
+    \qquad \tilde x = \log \Big( 1 + 10^4 \frac{x}{\sum_g x_g} \Big),
+    \quad z = \mathbb E\, q(z \mid x)
+
+with two linear rules (:mod:`.readers`) and an inverse temperature :math:`\beta` that minimises the
+cross-entropy of labelled cells, each read by rules that did not see its label (Guo et al. 2017,
+ICML: temperature; Genest & Zidek 1986, Stat Sci 1:114: the logarithmic pool). Few labels do not
+tell how to weigh the two, so that they count alike.
+
+It is honest as far as the latent state of a labelled cell does not give its label away: that is
+why training leaves the encoder alone with the classification term.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.sparse import csr_matrix, issparse
+from scipy.special import log_softmax, softmax
+
+from pyro_scanvi.annotation.novelty import Novelty
+from pyro_scanvi.annotation.readers import Reader, cross_entropy, fit_reader, in_company
+
+MOST_CELLS = 5000  # labelled cells that the rules are learned from
+TOTAL = 1e4
+COLDEST = 20.0  # inverse temperature
+SMALLEST_SPREAD = 1e-6  # of a dimension that no cell uses
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """Two rules, their temperature, and how they fare on labels that they did not see.
+
+    Attributes
+    ----------
+    of_counts, of_latent
+        The rules.
+    inverse_temperature
+        beta.
+    label, score
+        Of labelled cells, read by rules that did not see their label: its code, and 1 - its
+        probability, (n,); not of cells that alone have their label.
+    novelty
+        How far cells may lie from those of their label.
+    profiles
+        Mean log-normalised counts of the cells of each label, (L, G).
+    """
+
+    of_counts: Reader
+    of_latent: Reader
+    inverse_temperature: float
+    label: np.ndarray
+    score: np.ndarray
+    novelty: Novelty
+    profiles: np.ndarray
+
+    def __call__(self, counts: np.ndarray, latent: np.ndarray) -> np.ndarray:
+        """Probability of each label, (N, L), from counts (N, G) and latent states (N, K)."""
+        both = self.of_counts(log_normalised(counts)) + self.of_latent(latent)
+        return softmax(self.inverse_temperature / 2 * both, axis=1)
+
+
+def fit_consensus(
+    counts: csr_matrix | np.ndarray, latent: np.ndarray, label: np.ndarray, seed: int = 0
+) -> Consensus:
+    """Learn the rules, their temperature and the novelty score from labelled cells.
+
+    Parameters
+    ----------
+    counts
+        (n, G), sparse or dense.
+    latent
+        Their states, (n, K).
+    label
+        Their codes, 0 to L - 1, each at least once and one of them twice, (n,).
+    seed
+        Of the folds.
+    """
+    features = log_normalised(_dense(counts))
+    spread = latent.std(0) + SMALLEST_SPREAD
+    of_counts, counts_held_out = fit_reader(features, label, seed)
+    scaled, latent_held_out = fit_reader(latent / spread, label, seed)
+    of_latent = Reader(scaled.weight / spread, scaled.bias)
+    both = counts_held_out + latent_held_out
+    cold = _inverse_temperature(both / 2, label)
+    right = softmax(cold / 2 * both, axis=1)[np.arange(len(label)), label]
+    shared = in_company(label)
+    return Consensus(
+        of_counts,
+        of_latent,
+        cold,
+        label[shared],
+        1 - right[shared],
+        Novelty.fit(latent, label, seed),
+        np.stack([features[label == code].mean(0) for code in range(label.max() + 1)]),
+    )
+
+
+def labelled_cells(label: np.ndarray, seed: int = 0, most: int = MOST_CELLS) -> np.ndarray:
+    """Positions of the labelled cells; where they are too many, of an equal share of each label."""
+    labelled = np.random.default_rng(seed).permutation(np.flatnonzero(label >= 0))
+    share = min(1.0, most / max(len(labelled), 1))
+    of_label = [labelled[label[labelled] == code] for code in range(label.max() + 1)]
+    kept = [cells[: int(np.ceil(share * len(cells)))] for cells in of_label]
+    return np.sort(np.concatenate(kept))
+
+
+def likeness(consensus: Consensus, counts: csr_matrix | np.ndarray) -> float:
+    """How like the labelled cells others are: correlation over genes of mean log-normalised counts.
+
+    With those of the most similar label, or of all of them, over the genes that the others have:
+    some may not have been measured. Near 1 for cells of the same kind, of one type too, and near 0
+    where genes were mixed up.
+    """
+    profile = log_normalised(_dense(counts)).mean(0)
+    known = np.concatenate([consensus.profiles, consensus.profiles.mean(0, keepdims=True)])
+    compared = np.concatenate([profile[None], known])[:, profile > 0]
+    with np.errstate(invalid="ignore"):
+        found = np.corrcoef(compared)[0, 1:]
+    return float(np.nan_to_num(found).max())
+
+
+def log_normalised(counts: np.ndarray) -> np.ndarray:
+    """log(1 + x) of counts that are scaled to 10,000 a cell, (N, G), in float64."""
+    total = counts.sum(1, keepdims=True, dtype=np.float64)
+    return np.log1p(TOTAL * counts / np.maximum(total, 1))
+
+
+def _inverse_temperature(log_probabilities: np.ndarray, label: np.ndarray) -> float:
+    def cost(cold: float) -> float:
+        return cross_entropy(log_softmax(cold * log_probabilities, axis=1), label)
+
+    return float(minimize_scalar(cost, bounds=(1 / COLDEST, COLDEST), method="bounded").x)
+
+
+def _dense(counts: csr_matrix | np.ndarray) -> np.ndarray:
+    return np.asarray(csr_matrix(counts).todense()) if issparse(counts) else np.asarray(counts)
