@@ -10,7 +10,7 @@ ICML: temperature; Genest & Zidek 1986, Stat Sci 1:114: the logarithmic pool). F
 tell how to weigh the two, so that they count alike.
 
 It is honest as far as the latent state of a labelled cell does not give its label away: that is
-why training leaves the encoder alone with the classification term.
+why training keeps labels away from the encoder.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """SCANVI, the estimator that users meet: AnnData in, AnnData out."""
 
+import hashlib
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -536,8 +537,10 @@ class SCANVI(
             self.history = History(rows)
             self.is_trained |= runs.has_learned_labels(rows)
         self.training_settings = plan.record() | asdict(data_settings)
-        if self.freeze is None:  # a query keeps the rules of its reference
+        if self.freeze is None:
             self.rules = Rules(honest=self.rules.honest and plan.hides_labels)
+        elif not self.freeze.keeps_latent:  # the rules of the reference read another space
+            self.rules = Rules(honest=False)
 
     @property
     def n_epochs_trained(self) -> int:
@@ -931,7 +934,10 @@ class SCANVI(
             model.module.load_state_dict(saved.state)
         model.history, model.training_settings = saved.history, saved.training_settings
         model.is_trained, model.freeze = saved.is_trained, saved.freeze
-        model.rules = Rules(saved.consensus, saved.consensus is not None or not saved.is_trained)
+        honest = saved.consensus is not None or not saved.is_trained
+        model.rules = Rules(
+            saved.consensus, honest, fingerprint(model.module) if saved.freeze is None else None
+        )
         if saved.freeze is not None:
             freezing.hold(model.module, saved.freeze)
         return model
@@ -975,15 +981,15 @@ class SCANVI(
     @property
     def label_method(self) -> str:
         """How :meth:`predict` finds labels unless it is told."""
-        there = self.rules.consensus is not None or self._can_learn_rules()
+        there = self.rules.of(self.module) is not None or self._can_learn_rules()
         return CONSENSUS if self.is_trained and there else CLASSIFIER
 
     def consensus(self) -> Consensus:
         """The label rules of the labelled cells, learned anew where the weights have moved."""
         self._check_trained()
-        moved = self.rules.moved(self.module)
-        if self.rules.consensus is not None and not (moved and self._can_learn_rules()):
-            return self.rules.consensus
+        learned = self.rules.of(self.module)
+        if learned is not None:
+            return learned
         if not self._can_learn_rules():
             raise InputError(
                 "there are no label rules: they are learned from cells whose labels are exact, of "
@@ -996,7 +1002,7 @@ class SCANVI(
         with seeded(self.seed):  # of a guide without a mean it is drawn
             latent = latent_points(self.module, data, minibatch_size(None)).astype(np.float64)
         found = fit_consensus(data.counts, latent, data.label, self.seed)
-        self.rules = Rules(found, version=weights_version(self.module))
+        self.rules = Rules(found, weights=fingerprint(self.module))
         return found
 
     def _can_learn_rules(self) -> bool:
@@ -1072,23 +1078,26 @@ class Rules:
     honest
         Whether they can be learned: labels have not shaped the latent space, so that what is held
         out from the rules tells how good they are.
-    version
-        That of the weights, by :func:`weights_version`; None where they stay whatever happens.
+    weights
+        Fingerprint of the weights; None of a query, whose frozen weights the rules rest on.
     """
 
     consensus: Consensus | None = None
     honest: bool = True
-    version: tuple[int, ...] | None = None
+    weights: str | None = None
 
-    def moved(self, vae: SCANVAE) -> bool:
-        """Whether the weights have changed since."""
-        return self.version is not None and self.version != weights_version(vae)
+    def of(self, vae: SCANVAE) -> Consensus | None:
+        """The rules, if they were learned with these weights."""
+        return self.consensus if self.weights in (None, fingerprint(vae)) else None
 
 
-def weights_version(vae: SCANVAE) -> tuple[int, ...]:
-    """Another one after each step of an optimiser, and after any other change in place."""
-    tensors = vae.state_dict(keep_vars=True).values()
-    return tuple(number for t in tensors for number in (id(t), t._version))
+def fingerprint(vae: SCANVAE) -> str:
+    """Of all weights, wherever they are; it tells those that were trained by other means too."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for tensor in vae.state_dict().values():
+        plain_bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        hashed.update(plain_bytes.numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def _explicit(arguments: Mapping[str, Any]) -> dict[str, Any]:

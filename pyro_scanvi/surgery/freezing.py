@@ -47,6 +47,12 @@ freeze_batchnorm_decoder, freeze_classifier
     freeze_batchnorm_decoder: bool = False
     freeze_classifier: bool = True
 
+    @property
+    def keeps_latent(self) -> bool:
+        """Whether cells of old batches keep their latent state, whatever is trained."""
+        held = self.freeze_expression and self.freeze_batchnorm_encoder
+        return held and not self.unfrozen
+
     def __post_init__(self):
         make_plain(self)
         check_flags(**{name: flag for name, flag in asdict(self).items() if name != "new"})

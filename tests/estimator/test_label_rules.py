@@ -151,6 +151,29 @@ def test_it_is_saved_with_the_model(model, tmp_path):
     pd.testing.assert_series_equal(again.get_novelty(), model.get_novelty(new))
 
 
+def test_saved_rules_are_not_asked_of_other_weights(model, tmp_path):
+    """Without labels to learn them anew, as of an inference of one's own that goes on."""
+    model.save(tmp_path / "model")
+    new = simulated(n=40)
+    del new.obs["cell_type"]
+    again = SCANVI.load(tmp_path / "model", new)
+    assert again.label_method == "consensus"
+    torch.nn.init.normal_(again.module.z_encoder.mean.weight)
+    assert again.label_method == "classifier"
+    with pytest.raises(InputError, match="no label rules"):
+        again.get_novelty()
+
+
+@pytest.mark.parametrize("thawed", ["unfrozen", "freeze_expression", "freeze_batchnorm_encoder"])
+def test_a_query_that_moves_the_latent_space_has_no_rules(model, thawed):
+    """Once it is trained."""
+    query = simulated(n=40)
+    query.obs["batch"] = "new"
+    mapped = SCANVI.load_query_data(query, model, **{thawed: thawed == "unfrozen"})
+    assert mapped.label_method == "consensus"
+    assert mapped.train(1, **QUIET).label_method == "classifier"
+
+
 def test_damaged_rules_are_refused(model, tmp_path):
     model.save(tmp_path / "model")
     file = tmp_path / "model" / "label_rules.safetensors"
