@@ -21,7 +21,7 @@ Further observed sites add their -log p. Sites that all cells share, outside the
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pyro.distributions import Delta, Normal, OneHotCategorical, TorchDistribution
@@ -200,6 +200,8 @@ class SemiSupervisedELBO(RevisedELBO):
     torch.Size([6])
     """
 
+    hides_labels: ClassVar[bool] = False  # from the encoder
+
     def __init__(
         self,
         classifier: Callable[[Tensor, Cells], OneHotCategorical] | None,
@@ -310,10 +312,10 @@ class LayeredELBO(SemiSupervisedELBO):
         + \nabla_{z \text{ fixed}} \big[ \log p(z \mid u, y) - w\,(\mathrm{KL}_u + \mathrm{KL}_y)
         + r \log q(y \mid \bar z) \big]
 
-    So neither labels nor what the classifier makes of other cells can pull cells together, and
-    labelled cells lie among their kind. It is how Kingma et al. (2014, arXiv 1406.5298, section
-    2.3) train M1+M2, in one run. The encoder is not that of the tightest bound: for the best ELBO
-    take :class:`SemiSupervisedELBO`.
+    So neither labels nor what the classifier makes of other cells can pull cells together (but for
+    what a dispersion by label tells of them), and labelled cells lie among their kind. It is how
+    Kingma et al. (2014, arXiv 1406.5298, section 2.3) train M1+M2, in one run. The encoder is not
+    that of the tightest bound: for the best ELBO take :class:`SemiSupervisedELBO`.
 
     Examples
     --------
@@ -328,6 +330,8 @@ class LayeredELBO(SemiSupervisedELBO):
     True
     """
 
+    hides_labels: ClassVar[bool] = True
+
     def traces(self, model: Callable, guide: Callable, *args: Any) -> tuple[Trace, Trace]:
         """Traces in which what depends on z does not move it, but for the counts."""
         return super().traces(model, HeldBelow("z")(guide), *args)
@@ -338,9 +342,11 @@ class LayeredELBO(SemiSupervisedELBO):
         p, q = sites(model_trace).get("z"), sites(guide_trace).get("z")
         if p is None or q is None:
             return
-        z = q["value"]
+        z, log_q = q["value"], q["unscaled_log_prob"]
         standard = Normal(torch.zeros_like(z), 1.0).to_event(p["fn"].event_dim).log_prob(z)
-        set_log_prob(p, p["fn"].log_prob(z.detach()) + standard - standard.detach())
+        log_p = p["fn"].log_prob(z.detach()) + standard - standard.detach()
+        weight = self.kl_weight if "z" in self.weighted else 1.0
+        set_log_prob(p, weight * (log_p - log_q) + log_q if weight != 1 else log_p)
 
     def _point(self, q_z: TorchDistribution) -> Tensor:
         return super()._point(q_z).detach()

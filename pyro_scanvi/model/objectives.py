@@ -34,7 +34,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from pyro.distributions import OneHotCategorical, TorchDistribution
@@ -135,6 +135,11 @@ class ELBO:
         make_plain(self)
         check_at_least(1, num_particles=self.num_particles)
 
+    @property
+    def hides_labels(self) -> bool:
+        """Whether no label moves the encoder."""
+        return self.kind.hides_labels
+
     def __call__(self, vae: SCANVAE, plan: ObjectiveSettings) -> BoundModule:
         """The loss of this model, as this plan weighs it."""
         return self.kind(
@@ -152,7 +157,6 @@ class Layered(ELBO):
     The latent space is that of scVI, and types are learned upon it.
     """
 
-    hides_labels: ClassVar[bool] = True  # from the encoder
     kind: type[SemiSupervisedELBO] = LayeredELBO
 
 

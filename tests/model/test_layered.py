@@ -38,7 +38,11 @@ def is_below(name):
 
 
 @pytest.mark.parametrize("labels", ["all", "mixed", "none"])
-@pytest.mark.parametrize("settings", [{}, {"kl_weight": 0.3}, {"num_particles": 3}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kl_weight": 0.3}, {"kl_weight": 0.3, "weighted": ("z", "u")}, {"num_particles": 3}],
+    ids=str,
+)
 def test_the_value_is_that_of_the_elbo(vae, labels, settings):
     """And so are all parts of it."""
     cells = random_cells(vae, labels)
