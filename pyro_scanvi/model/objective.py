@@ -314,7 +314,7 @@ class LayeredELBO(SemiSupervisedELBO):
 
     So neither labels nor what the classifier makes of other cells can pull cells together (but for
     what a dispersion by label tells of them), and labelled cells lie among their kind. It is how
-    Kingma et al. (2014, arXiv 1406.5298, section 2.3) train M1+M2, in one run. The encoder is not
+    Kingma et al. (2014, arXiv 1406.5298, section 2) train M1+M2, in one run. The encoder is not
     that of the tightest bound: for the best ELBO take :class:`SemiSupervisedELBO`.
 
     Examples
