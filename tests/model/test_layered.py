@@ -1,7 +1,9 @@
 """The layered objective: the value of the ELBO, and the gradients of scVI and of M2 upon it."""
 
+import pyro
 import pytest
 import torch
+from pyro.distributions import Normal
 
 from pyro_scanvi.model.objective import LayeredELBO, SemiSupervisedELBO
 from pyro_scanvi.model.unsupervised import Unsupervised
@@ -91,3 +93,24 @@ def test_labels_and_types_do_not_move_the_encoder(vae):
         names = [name for name in one if name.startswith("z_encoder")]
         moved[kind] = any(not torch.allclose(one[name], other[name]) for name in names)
     assert moved == {LayeredELBO: False, SemiSupervisedELBO: True}
+
+
+def test_a_story_of_ones_own_without_z_is_left_as_it_is():
+    """Nothing stands upon anything there."""
+
+    def story(observed):
+        def told(cells):
+            with pyro.plate("cells", len(cells), dim=-1):
+                w = pyro.sample("w", Normal(torch.zeros(len(cells)), 1.0))
+                if observed:
+                    pyro.sample("x", Normal(w, 2.0), obs=cells.x[:, 0])
+
+        return told
+
+    cells, losses = random_cells(small_vae(), "none"), []
+    for kind in (LayeredELBO, SemiSupervisedELBO):
+        elbo = kind(None)
+        elbo.strict_enumeration_warning = False
+        torch.manual_seed(0)
+        losses.append(elbo(story(True), story(False)).parts(cells).loss)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
