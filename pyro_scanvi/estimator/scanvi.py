@@ -537,10 +537,8 @@ class SCANVI(
             self.history = History(rows)
             self.is_trained |= runs.has_learned_labels(rows)
         self.training_settings = plan.record() | asdict(data_settings)
-        if self.freeze is None:
+        if self.freeze is None or not self.freeze.keeps_latent:  # else those of before still hold
             self.rules = Rules(honest=self.rules.honest and plan.hides_labels)
-        elif not self.freeze.keeps_latent:  # the rules of the reference read another space
-            self.rules = Rules(honest=False)
 
     @property
     def n_epochs_trained(self) -> int:
@@ -773,8 +771,9 @@ class SCANVI(
             growing.grow(source.vae, model.module)
         model.is_trained = source.is_trained
         model.freeze = freezing.frozen(source.vae, model.module, **flags)
-        if len(fields.classes) == len(source.fields.classes):  # new labels have no rule
-            model.rules = Rules(source.consensus, honest=source.consensus is not None)
+        is_same = len(fields.classes) == len(source.fields.classes)  # new labels have no rule
+        known = source.consensus
+        model.rules = Rules(known if is_same else None, honest=known is not None)
         query.warn_of_strangers(source.consensus, model._data)
         return model
 

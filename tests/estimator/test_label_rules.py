@@ -168,10 +168,19 @@ def test_saved_rules_are_not_asked_of_other_weights(model, tmp_path):
 def test_a_query_that_moves_the_latent_space_has_no_rules(model, thawed):
     """Once it is trained."""
     query = simulated(n=40)
-    query.obs["batch"] = "new"
+    query.obs["cell_type"] = "Unknown"
     mapped = SCANVI.load_query_data(query, model, **{thawed: thawed == "unfrozen"})
     assert mapped.label_method == "consensus"
     assert mapped.train(1, **QUIET).label_method == "classifier"
+
+
+def test_a_query_with_labels_of_all_types_learns_rules_of_its_own(model):
+    """A new one among them."""
+    query = simulated(n=60)
+    query.obs["cell_type"] = np.where(np.arange(60) % 4 == 3, "New", query.obs["cell_type"])
+    thawed = {"extend_labels": ["New"], "freeze_expression": False}
+    mapped = SCANVI.load_query_data(query, model, **thawed).train(1, **QUIET)
+    assert mapped.label_method == "consensus" and len(mapped.consensus().profiles) == 4
 
 
 def test_damaged_rules_are_refused(model, tmp_path):
