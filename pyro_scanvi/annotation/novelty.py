@@ -75,6 +75,6 @@ def _moments(latent: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _distance(latent: np.ndarray, mean: np.ndarray, precision: np.ndarray) -> np.ndarray:
     """Squared Mahalanobis distance to the nearest mean, (N,)."""
-    whitened = np.linalg.cholesky(precision)
-    apart = (latent @ whitened)[:, None] - (mean @ whitened)[None]
-    return (apart**2).sum(-1).min(1)
+    scaled = latent @ precision
+    of_cells, of_means = (scaled * latent).sum(1), (mean @ precision * mean).sum(1)
+    return (of_cells[:, None] - 2 * scaled @ mean.T + of_means).min(1)

@@ -992,7 +992,7 @@ class SCANVI(
         if not self._can_learn_rules():
             raise InputError(
                 "there are no label rules: they are learned from cells whose labels are exact, of "
-                "one annotator who does not err, at least one cell of each label and two of one, "
+                "one annotator who does not err, at least one cell of each label and two of two, "
                 "and in a latent space that labels have not shaped, as by the default objective of "
                 "train; ask the model itself, predict(method='classifier')"
             )
@@ -1011,9 +1011,9 @@ class SCANVI(
         """
         data, vae = self._data, self.module
         exact = data.evidence is None and data.annotations is None and vae.label_noise.is_exact
-        known = data.label[data.label != UNLABELED]
-        enough = len(np.unique(known)) == vae.n_labels < len(known)
-        return self.rules.honest and exact and enough and type(vae).q_y is SCANVAE.q_y
+        count = np.bincount(data.label[data.label != UNLABELED], minlength=vae.n_labels)
+        enough = (count > 0).all() and (count > 1).sum() > 1  # so that two are left in any fold
+        return self.rules.honest and exact and bool(enough) and type(vae).q_y is SCANVAE.q_y
 
     def encoded(
         self,

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pyro_scanvi import SCANVI
+from pyro_scanvi import ELBO, SCANVI
 from pyro_scanvi.model.label_noise import FixedNoise, LabelSizes, LearnedNoise, RateNoise
 
 REDRAWN = 0.4
@@ -59,7 +59,7 @@ def trained(
     SCANVI.setup_anndata(adata, "given", "Unknown", annotator_keys=list(annotators) or None)
     model = SCANVI(adata, seed=seed, n_hidden=n_hidden, n_latent=5, label_noise=noise)
     plan = {"classification_ratio": 20.0, "lr": 1e-2} | settings
-    run = {"train_size": 1.0, "plan_kwargs": plan, "progress_bar": False}
+    run = {"train_size": 1.0, "objective": ELBO(), "plan_kwargs": plan, "progress_bar": False}
     return model.train(max_epochs=max_epochs, **run)
 
 
