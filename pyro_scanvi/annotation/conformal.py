@@ -17,6 +17,8 @@ Both hold whatever the model is, as far as the held-out cells of a type are like
 
 import numpy as np
 
+ROUNDING = 1e-6  # of probabilities in float32, and of a sum of weights
+
 
 def thresholds_by_label(
     score: np.ndarray, label: np.ndarray, n_labels: int, coverage: float
@@ -116,6 +118,3 @@ def label_sets(probabilities: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     within = 1 - probabilities <= thresholds + ROUNDING
     within[np.arange(len(within)), probabilities.argmax(1)] = True
     return within
-
-
-ROUNDING = 1e-6  # of probabilities in float32, and of a sum of weights

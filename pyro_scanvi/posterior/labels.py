@@ -286,7 +286,13 @@ def check_share(name: str, share: float | None, soft: bool) -> None:
 
 def latent_points(vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
     """The point of q(z | x) of each cell, (N, K)."""
-    return over_minibatches(vae, data, batch_size, lambda cells: vae.latent_point(vae.q_z(cells)))
+    return over_minibatches(vae, data, batch_size, lambda cells: state_of(vae, cells, True))
+
+
+def state_of(vae: SCANVAE, cells: Cells, use_posterior_mean: bool) -> Tensor:
+    """The state at which labels are asked for, (N, K): the point of q(z | x), or a sample."""
+    q_z = vae.q_z(cells)
+    return vae.latent_point(q_z) if use_posterior_mean else q_z.sample()
 
 
 class Method(Protocol):
@@ -316,8 +322,7 @@ class ByClassifier:
         ask = vae.q_y_given if self.feed_labels else vae.q_y
 
         def probabilities(cells: Cells) -> Tensor:
-            q_z = vae.q_z(cells)
-            z = vae.latent_point(q_z) if self.use_posterior_mean else q_z.sample()
+            z = state_of(vae, cells, self.use_posterior_mean)
             return ask(z, cells).probs
 
         return over_minibatches(vae, data, batch_size, probabilities)
@@ -337,8 +342,7 @@ class ByConsensus:
 
     def __call__(self, vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
         def probabilities(cells: Cells) -> Tensor:
-            q_z = vae.q_z(cells)
-            z = vae.latent_point(q_z) if self.use_posterior_mean else q_z.sample()
+            z = state_of(vae, cells, self.use_posterior_mean)
             found = self.consensus(cells.x.cpu().double().numpy(), z.cpu().double().numpy())
             soft = cells.x.new_tensor(found)
             return (soft.log() + vae.evidence(cells)).softmax(-1) if self.feed_labels else soft
