@@ -1,13 +1,15 @@
 """Small models and minibatches that the tests share."""
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from pyro_scanvi import SCANVAE, SCANVI, Cells
 from pyro_scanvi.posterior.trained import Trained
@@ -19,6 +21,12 @@ SIZES = {"n_input": 20, "n_labels": 3, "n_hidden": 8, "n_latent": 4}
 QUESTIONS = sorted(  # the methods that SCANVI inherits
     name for theme in Trained.__subclasses__() for name in vars(theme) if not name.startswith("_")
 )
+
+
+def mostly_slow(cases: Iterable) -> list[ParameterSet]:
+    """Cases of a test of which `make test` runs the first alone."""
+    first, *others = cases
+    return [pytest.param(first), *(pytest.param(case, marks=pytest.mark.slow) for case in others)]
 
 
 def small_vae(seed: int = 0, **changes) -> SCANVAE:

@@ -8,7 +8,7 @@ import pytest
 from pyro_scanvi import SCANVI, InputError
 from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.names import bare, look_alikes, name_of, reads_unlabeled
-from tests.examples import SMALL, as_they_are, simulated, small_model
+from tests.examples import SMALL, as_they_are, mostly_slow, simulated, small_model
 
 
 @pytest.mark.parametrize("value", [7, 7.0, np.int8(7), np.float32(7), "7", "7.0", np.str_("7")])
@@ -108,7 +108,7 @@ def numbered(dtype) -> ad.AnnData:
 DTYPES = ["int64", "int8", "float64", "float32", "Int64", "Float64", "str", "string", "category"]
 
 
-@pytest.mark.parametrize("of_reference", DTYPES)
+@pytest.mark.parametrize("of_reference", mostly_slow(DTYPES))
 def test_categories_are_known_in_any_type(tmp_path, of_reference):
     """Reference, query, saved model and answers."""
     adata = numbered(of_reference)

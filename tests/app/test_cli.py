@@ -23,7 +23,7 @@ from pyro_scanvi.app.report import leak_sentence
 from pyro_scanvi.data import fields
 from pyro_scanvi.metrics import label_scores
 from pyro_scanvi.validation import Advice
-from tests.examples import simulated, small_model
+from tests.examples import mostly_slow, simulated, small_model
 
 N, G = 40, 12
 ADDED = ["obs/scanvi_", "obsm/scanvi_probabilities", "obsm/X_scanvi", "uns/pyro_scanvi"]
@@ -277,6 +277,7 @@ ODD_COUNTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", ODD_COUNTS.values(), ids=ODD_COUNTS)
 def test_odd_counts(tmp_path, matrix):
     result_of(tmp_path, annotate(tmp_path, with_counts(matrix)))
@@ -305,7 +306,7 @@ EXPECTED_NOTES = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_LABELS)
+@pytest.mark.parametrize("name", mostly_slow(ODD_LABELS))
 def test_odd_labels(tmp_path, name):
     values, options, columns = ODD_LABELS[name]
     note = EXPECTED_NOTES.get(name)
@@ -316,6 +317,7 @@ def test_odd_labels(tmp_path, name):
     assert set(adata.obs["scanvi_prediction"].cat.categories) == classes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["cell type", "a/b", "[bold]", "[/x]", "Ω", "-x", "$a$"])
 def test_odd_keys(tmp_path, key):
     adata = with_labels(["B", "Unknown", "T"], key)
@@ -340,7 +342,7 @@ def test_cells_without_counts_are_left_out_when_asked(tmp_path):
     assert "cells without counts, left out: 2\n" in result.stdout
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 13, 39])
+@pytest.mark.parametrize("batch_size", mostly_slow([1, 3, 13, 39]))
 def test_minibatches_of_any_size(tmp_path, batch_size):
     result_of(tmp_path, annotate(tmp_path, some_cells(), "--batch-size", batch_size))
 

@@ -11,7 +11,7 @@ from scipy.sparse import csc_array, csc_matrix, csr_array, csr_matrix
 from pyro_scanvi import SCANVI, InputError, drop_empty_cells
 from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.data.minibatches import UNLABELED
-from tests.examples import as_they_are, simulated
+from tests.examples import as_they_are, mostly_slow, simulated
 
 N, G = 24, 6
 
@@ -336,8 +336,11 @@ SETTINGS = {
 }
 
 
+ANY_LABELS = [("B", "Unknown", "T"), (3, -1, 1), (True, "?", False)]
+
+
 @pytest.mark.parametrize("keys", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("labels", [("B", "Unknown", "T"), (3, -1, 1), (True, "?", False)], ids=str)
+@pytest.mark.parametrize("labels", mostly_slow(ANY_LABELS), ids=str)
 @pytest.mark.filterwarnings("ignore:Forward slashes:FutureWarning")
 def test_setup_survives_a_file(tmp_path, keys, labels):
     adata = some_cells(

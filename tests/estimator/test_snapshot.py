@@ -10,9 +10,9 @@ import scanpy as sc
 from scipy.sparse import csc_matrix, csr_matrix
 
 from pyro_scanvi import SCANVI, InputError
-from tests.examples import SMALL, simulated
+from tests.examples import SMALL, mostly_slow, simulated
 
-MATRICES = {"dense": np.asarray, "CSR": csr_matrix, "CSC": csc_matrix}
+MATRICES = {"CSR": csr_matrix, "dense": np.asarray, "CSC": csc_matrix}
 PLACES = ("X", "layer", "raw")
 
 
@@ -57,7 +57,7 @@ def spoil(matrix) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
+@pytest.mark.parametrize("matrix", mostly_slow(MATRICES.values()), ids=MATRICES)
 def test_values_changed_in_place_change_no_answer(matrix, place):
     """Neither counts, nor covariates, nor what training on learns."""
     adata, twin = set_up(matrix, place), trained(set_up(matrix, place))
@@ -71,7 +71,7 @@ def test_values_changed_in_place_change_no_answer(matrix, place):
     assert model.differential_expression(**groups).equals(twin.differential_expression(**groups))
     model.train(1, progress_bar=False)
     twin.train(1, progress_bar=False)
-    pd.testing.assert_frame_equal(model.predict(soft=True), twin.predict(soft=True))
+    assert model.get_elbo(feed_labels=True, seed=0) == twin.get_elbo(feed_labels=True, seed=0)
 
 
 def test_what_scanpy_users_do_next():

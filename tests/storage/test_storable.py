@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from pyro_scanvi.storage.storable import LONGEST, storable, storable_names
-from tests.examples import as_they_are, simulated, small_model
+from tests.examples import as_they_are, mostly_slow, simulated, small_model
 
 OF_THE_WRITERS = (  # of what they will change, whatever is written
     "ignore:Writing zarr v2 data:UserWarning",
@@ -146,6 +146,7 @@ DTYPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("values", "dtype"), DTYPES.values(), ids=DTYPES)
 @pytest.mark.filterwarnings("ignore:'Unknown' does not occur:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*inferred:FutureWarning")
@@ -158,7 +159,7 @@ def test_any_type_of_label(tmp_path, values, dtype):
     check_written(adata, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["B", "t|nk", "a name"])
+@pytest.mark.parametrize("name", mostly_slow(["B", "t|nk", "a name"]))
 def test_any_name_of_the_index(tmp_path, name):
     """A class of that name gives way: no table can have both."""
     adata = labelled(("B", "T/NK", "cell"))
