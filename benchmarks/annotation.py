@@ -177,6 +177,7 @@ HERE: dict[str, Method] = {
 }
 THERE = {  # name: peer, its method
     "SCANVI from SCVI": ("scvi", "from_scvi"),
+    "SCANVI from SCVI, 100 epochs": ("scvi", "longer"),
     "SCANVI from scratch": ("scvi", "scratch"),
     "SCANVI, popV's settings": ("scvi", "popv"),
     "kNN on SCVI": ("scvi", "knn"),

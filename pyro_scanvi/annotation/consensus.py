@@ -78,7 +78,7 @@ def fit_consensus(
     seed
         Of the folds.
     """
-    features = log_normalised(_dense(counts))
+    features = log_normalised(dense(counts))
     spread = latent.std(0) + SMALLEST_SPREAD
     of_counts, counts_held_out = fit_reader(features, label, seed)
     scaled, latent_held_out = fit_reader(latent / spread, label, seed)
@@ -107,21 +107,6 @@ def labelled_cells(label: np.ndarray, seed: int = 0, most: int = MOST_CELLS) -> 
     return np.sort(np.concatenate(kept))
 
 
-def likeness(consensus: Consensus, counts: csr_matrix | np.ndarray) -> float:
-    """How like the labelled cells others are: correlation over genes of mean log-normalised counts.
-
-    With those of the most similar label, or of all of them, over the genes that the others have:
-    some may not have been measured. Near 1 for cells of the same kind, of one type too, and near 0
-    where genes were mixed up.
-    """
-    profile = log_normalised(_dense(counts)).mean(0)
-    known = np.concatenate([consensus.profiles, consensus.profiles.mean(0, keepdims=True)])
-    compared = np.concatenate([profile[None], known])[:, profile > 0]
-    with np.errstate(invalid="ignore"):
-        found = np.corrcoef(compared)[0, 1:]
-    return float(np.nan_to_num(found).max())
-
-
 def log_normalised(counts: np.ndarray) -> np.ndarray:
     """log(1 + x) of counts that are scaled to 10,000 a cell, (N, G), in float64."""
     total = counts.sum(1, keepdims=True, dtype=np.float64)
@@ -135,5 +120,6 @@ def _inverse_temperature(log_probabilities: np.ndarray, label: np.ndarray) -> fl
     return float(minimize_scalar(cost, bounds=(1 / COLDEST, COLDEST), method="bounded").x)
 
 
-def _dense(counts: csr_matrix | np.ndarray) -> np.ndarray:
+def dense(counts: csr_matrix | np.ndarray) -> np.ndarray:
+    """The same, as an array."""
     return np.asarray(csr_matrix(counts).todense()) if issparse(counts) else np.asarray(counts)

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from pyro_scanvi.annotation.consensus import Consensus, fit_consensus, labelled_cells
+from pyro_scanvi.annotation.strangers import warn_of_strangers
 from pyro_scanvi.data.columns import weights_of
 from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.data.label_sources import LabelSources
@@ -774,7 +775,10 @@ class SCANVI(
         is_same = len(fields.classes) == len(source.fields.classes)  # new labels have no rule
         known = source.consensus
         model.rules = Rules(known if is_same else None, honest=known is not None)
-        query.warn_of_strangers(source.consensus, model._data)
+        if known is not None:
+            warn_of_strangers(
+                known, model._data.counts, stacklevel=3
+            )  # above the check of arguments
         return model
 
     def state_diff(self, reference: "SCANVI | str | Path") -> pd.DataFrame:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_scanvi.annotation.conformal import label_sets, thresholds_by_label, thresholds_overall
 from pyro_scanvi.annotation.consensus import Consensus
+from pyro_scanvi.annotation.strangers import warn_of_strangers
 from pyro_scanvi.data.minibatches import CellData, Cells
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import minibatch_size, over_minibatches, seeded
@@ -330,7 +331,10 @@ class ByClassifier:
 
 @dataclass(frozen=True)
 class ByConsensus:
-    """The rules of the labelled cells, of counts and z; with what is known of y times p(e | y)."""
+    """The rules of the labelled cells, of counts and z; with what is known of y times p(e | y).
+
+    It warns of cells that look like no labelled ones.
+    """
 
     consensus: Consensus
     use_posterior_mean: bool
@@ -347,6 +351,7 @@ class ByConsensus:
             soft = cells.x.new_tensor(found)
             return (soft.log() + vae.evidence(cells)).softmax(-1) if self.feed_labels else soft
 
+        warn_of_strangers(self.consensus, data.counts, stacklevel=4)  # above the check of arguments
         return over_minibatches(vae, data, batch_size, probabilities)
 
 

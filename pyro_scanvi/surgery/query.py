@@ -11,19 +11,15 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix, issparse
 
-from pyro_scanvi.annotation.consensus import Consensus, likeness
+from pyro_scanvi.annotation.consensus import Consensus
 from pyro_scanvi.data.columns import categories, check_gene_names, check_keys, check_names
 from pyro_scanvi.data.fields import Fields
-from pyro_scanvi.data.minibatches import CellData
 from pyro_scanvi.model.growth import grown_label_prior
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.names import first, names_of, reads_unlabeled
 from pyro_scanvi.validation import InputError
 
 SMALLEST_OVERLAP = 0.8
-SMALLEST_LIKENESS = 0.5  # other batches of the same tissue have .8 and more, mixed-up genes .1
-ENOUGH_CELLS, ENOUGH_GENES = 20, 100  # of fewer a correlation is noise
-CELLS_LOOKED_AT = 2000
 LIBRARY_PRIOR = ("library_log_means", "library_log_vars")  # arguments, and buffers
 
 
@@ -58,23 +54,6 @@ class Reference:
         if arguments.get("y_prior") is not None:
             arguments["y_prior"] = grown_label_prior(self.vae.y_prior, n_labels).tolist()
         return arguments
-
-
-def warn_of_strangers(consensus: Consensus | None, data: CellData) -> None:
-    """Say loudly that cells do not look like any that a reference knows."""
-    n_cells, n_genes = len(data), len(np.unique(data.counts.nonzero()[1]))
-    if consensus is None or n_cells < ENOUGH_CELLS or n_genes < ENOUGH_GENES:
-        return
-    looked_at = np.linspace(0, n_cells - 1, min(n_cells, CELLS_LOOKED_AT)).astype(int)
-    found = likeness(consensus, data.counts[looked_at])
-    if found < SMALLEST_LIKENESS:
-        warnings.warn(
-            f"these cells do not look like those of the reference: their mean profile has a "
-            f"correlation of {found:.2f} with that of the most similar label, where other batches "
-            "of the same tissue have .8 and more. Their labels will be wrong. Look at the names "
-            "and the order of the genes, the species, the tissue, and whether the counts are raw",
-            stacklevel=4,  # above the check of arguments
-        )
 
 
 def prepare(adata: ad.AnnData, fields: Fields) -> ad.AnnData:

@@ -6,12 +6,8 @@ from scipy.sparse import csr_matrix
 from scipy.special import softmax
 
 from pyro_scanvi.annotation.arrays import from_arrays, to_arrays
-from pyro_scanvi.annotation.consensus import (
-    fit_consensus,
-    labelled_cells,
-    likeness,
-    log_normalised,
-)
+from pyro_scanvi.annotation.consensus import fit_consensus, labelled_cells, log_normalised
+from pyro_scanvi.annotation.strangers import likeness
 
 N_GENES, N_LABELS = 150, 3
 

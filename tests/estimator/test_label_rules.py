@@ -1,5 +1,7 @@
 """Labels by the consensus: when it answers, what it knows, and that it is never out of date."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -261,6 +263,21 @@ def test_cells_unlike_all_labelled_ones_are_unassigned():
     assert (answers[kept] == reference.predict(adata)[kept]).all()
     hidden = ~is_new & (adata.obs["cell_type"] == "Unknown").to_numpy()
     assert (~kept)[hidden].sum() <= binom.ppf(0.9999, hidden.sum(), 0.1)
+
+
+def test_cells_of_mixed_up_genes_are_said_to_be_strange():
+    """By what maps them and by what labels them; other cells of the same kind are not."""
+    adata = simulated(240, n_genes=150)
+    model = small_model(adata[:120].copy()).train(1, progress_bar=False)
+    others = adata[120:].copy()
+    mixed = others.copy()
+    mixed.X = others.X[:, np.random.default_rng(0).permutation(150)]
+    asked = (model.predict, model.predict_sets, partial(SCANVI.load_query_data, reference=model))
+    for ask in asked:
+        ask(others)
+        with pytest.warns(UserWarning, match="do not look like those of the reference") as said:
+            ask(mixed)
+        assert said[0].filename == __file__
 
 
 @pytest.mark.parametrize("bad", [0, -0.1, 1.5, "a", True])
