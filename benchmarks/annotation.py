@@ -2,19 +2,22 @@
 
     python benchmarks/annotation.py [demo|DATA.h5ad ...] [--regimes seed transfer]
         [--methods NAME ...] [--labels-key cell_type] [--batch-key batch]
-        [--labels-per-type 10] [--seeds 0 1 2 3 4] [--peer scvi=PYTHON ...] [--out annotation.csv]
+        [--labels-per-type 10] [--seeds 0 1 2 3 4] [--peer scvi=PYTHON ...] [--scib PYTHON]
+        [--out annotation.csv|annotation.json]
     python benchmarks/annotation.py --measured A.csv B.csv     # the table of runs of before
 
 "demo" names the cells that the package ships. In the regime "seed" so many labels of each type are
 given, at most half of a type, chosen by the seed; in "transfer" those of the largest batch. Methods
 see the same cells and genes (2,000 that vary most, where there are more than 3,000), and are scored
 on the hidden labels. A peer runs in an environment of its own, by a script of the folder peers/,
-which says what it needs; a peer whose interpreter is not named is left out.
+which says what it needs; a peer whose interpreter is not named is left out. So are, without
+``--scib``, the scores of scib-metrics for the latent space.
 
 A cell of a type of which no label is given counts as wrong.
 """
 
 import argparse
+import json
 import subprocess
 import tempfile
 import time
@@ -218,6 +221,18 @@ def scores(task: Task, answer: Answer) -> Iterator[tuple[str, float]]:
         yield from found_new(task, answer)
 
 
+def of_latent(task: Task, latent: np.ndarray, python: str) -> dict[str, float]:
+    """Scores of scib-metrics, which has an environment of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        space, found = Path(folder) / "space.npz", Path(folder) / "scores.json"
+        one = np.zeros(len(latent), str)
+        batch = one if task.batch_key is None else task.adata.obs[task.batch_key].astype(str)
+        np.savez(space, latent=latent, truth=task.truth.astype(str), batch=np.array(batch, str))
+        call = [python, str(PEERS / "scib_scores.py"), str(space), str(found)]
+        subprocess.run(call, check=True, capture_output=True)
+        return json.loads(found.read_text())
+
+
 def covered(
     rules: Consensus, code: np.ndarray, soft: np.ndarray, asked: float = 0.9
 ) -> Iterator[tuple[str, float]]:
@@ -328,11 +343,26 @@ def measure(asked: argparse.Namespace) -> pd.DataFrame:
     for task in tasks(asked):
         for method, (answer, seconds) in answers(task, asked.methods, peers):
             key = {"data": task.name, "seed": task.seed, "setting": method}
-            found = [*scores(task, answer), ("seconds", seconds)]
-            rows += [key | {"metric": metric, "value": value} for metric, value in found]
-            pd.DataFrame(rows).to_csv(asked.out, index=False)
+            found = dict(scores(task, answer)) | {"seconds": seconds}
+            if asked.scib and answer.latent is not None:
+                found |= of_latent(task, answer.latent, asked.scib)
+            rows += [key | {"metric": metric, "value": value} for metric, value in found.items()]
+            write(pd.DataFrame(rows), asked.out)
             print(task.name, task.seed, method, flush=True)
     return pd.DataFrame(rows)
+
+
+def write(frame: pd.DataFrame, path: Path) -> None:
+    """As the name of the file says."""
+    if path.suffix == ".json":
+        frame.to_json(path, orient="records", indent=1)
+    else:
+        frame.to_csv(path, index=False)
+
+
+def read(path: Path) -> pd.DataFrame:
+    """What was written."""
+    return pd.read_json(path) if path.suffix == ".json" else pd.read_csv(path)
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -351,10 +381,11 @@ def main() -> None:
     parser.add_argument("--labels-per-type", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--peer", nargs="*", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--scib", metavar="PYTHON", help="that has scib-metrics")
     parser.add_argument("--out", type=Path, default=Path("annotation.csv"))
     parser.add_argument("--measured", type=Path, nargs="+")
     asked = parser.parse_args()
-    frame = pd.concat(map(pd.read_csv, asked.measured)) if asked.measured else measure(asked)
+    frame = pd.concat(map(read, asked.measured)) if asked.measured else measure(asked)
     print(table(frame))
 
 

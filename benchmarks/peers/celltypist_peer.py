@@ -16,7 +16,9 @@ import anndata as ad
 import celltypist
 import numpy as np
 import scanpy as sc
+from scipy.special import expit
 
+SMALLEST = 1e-12  # probability; that of each type is below what a float holds for some cells
 METHODS = {"lr": {}, "sgd": {"use_SGD": True, "balance_cell_type": True}}
 
 
@@ -27,8 +29,8 @@ def answer(cells, settings):
     reference = cells[cells.obs["given"] != "Unknown"].copy()
     model = celltypist.train(reference, "given", check_expression=False, **settings)
     scores = celltypist.annotate(cells, model).decision_matrix
-    probabilities = 1 / (1 + np.exp(-scores.to_numpy()))
-    return scores.columns.to_numpy(str), probabilities / probabilities.sum(1, keepdims=True)
+    against_rest = expit(scores.to_numpy(np.float64)).clip(SMALLEST)
+    return scores.columns.to_numpy(str), against_rest / against_rest.sum(1, keepdims=True)
 
 
 if __name__ == "__main__":
