@@ -63,6 +63,7 @@ class LightningObjective(lightning.LightningModule):
         self.resumed: dict[str, Any] = {}
         self.scheduler: ReduceLROnPlateau | None = None
         self.latest: dict[str, float] = {}  # scores of the epoch, as callbacks call them
+        self.noted: dict[str, float] = {}  # by callbacks, for the history of the training cells
         self.classified = classified
 
     @property
@@ -115,7 +116,8 @@ class LightningObjective(lightning.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the scores of the epoch's training minibatches, in training mode."""
-        self._close_epoch(self.phase.name, self.train_scores)
+        self._close_epoch(self.phase.name, self.train_scores, self.noted)
+        self.noted = {}
         # Lightning would do so after the checkpoint, and a resumed run would not.
         watched = self.latest.pop(self.plan.lr_scheduler_metric, None)
         if self.scheduler is not None and watched is not None:
@@ -171,10 +173,12 @@ class LightningObjective(lightning.LightningModule):
         if error.fault.site:
             raise error
 
-    def _close_epoch(self, split: str, scores: EpochScores) -> None:
+    def _close_epoch(
+        self, split: str, scores: EpochScores, noted: dict[str, float] | None = None
+    ) -> None:
         if not scores.n_cells:  # interrupted before the first minibatch
             return
-        means = scores.mean()
+        means = scores.mean() | (noted or {})
         self.rows.append({"epoch": self.epoch, "split": split} | means)
         logged = {f"{key}_{split}": value for key, value in means.items()}
         self.latest |= logged
