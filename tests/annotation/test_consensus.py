@@ -73,6 +73,13 @@ def test_it_is_calibrated_where_rules_overfit():
     assert cost(learned.inverse_temperature) < np.log(N_LABELS), "better than knowing nothing"
 
 
+def test_few_cells_that_are_all_read_rightly_do_not_make_it_sure():
+    """Their likelihood alone has no best temperature: it grows up to any bound."""
+    learned = fit_consensus(*cells(15, strength=3.0))
+    assert (learned.score < 0.5).all()
+    assert 1 < learned.inverse_temperature < 2
+
+
 def test_scores_are_of_cells_that_were_not_seen(learned):
     """Of new cells they are distributed alike; not so those of the cells that it learned from.
 
