@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from pyro.distributions import Dirichlet, OneHotCategorical, TorchDistribution
+from pyro.distributions import Dirichlet, TorchDistribution
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from pyro_scanvi.data.minibatches import LOG_IMPOSSIBLE
 from pyro_scanvi.validation import InputError
@@ -239,22 +238,3 @@ def safe_log(p: Tensor) -> Tensor:
     """log p, and ``LOG_IMPOSSIBLE`` of 0; its gradient is finite."""
     positive = p > 0
     return torch.where(positive, torch.where(positive, p, 1.0).log(), LOG_IMPOSSIBLE)
-
-
-class CertainLabel(OneHotCategorical):
-    """A label of each cell that is certain; enumerated, it has that value alone.
-
-    Enumerating all labels would decode each cell for those too that have no probability.
-
-    Examples
-    --------
-    >>> known = CertainLabel(logits=torch.tensor([[0.0, -1e20, -1e20], [-1e20, -1e20, 0.0]]))
-    >>> known.enumerate_support()
-    tensor([[[1., 0., 0.],
-             [0., 0., 1.]]])
-    """
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """The value of each cell, (1, ..., N, L)."""
-        n_labels = self.logits.shape[-1]
-        return one_hot(self.logits.argmax(-1), n_labels).to(self.logits.dtype).unsqueeze(0)

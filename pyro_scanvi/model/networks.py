@@ -65,6 +65,23 @@ class Head(nn.Linear):
         return super().forward(x).to(self.weight.dtype)
 
 
+class JoinedLinear(nn.Linear):
+    """A linear layer of an input and covariates, W_x x + W_c c + b.
+
+    Each is multiplied in its own shape, and the sum broadcasts: of N cells and L labels that are
+    enumerated, which come as (N, K) and (L, 1, L), neither N copies of the labels nor L of the
+    cells are made. With 400 labels that is most of a step.
+    """
+
+    def forward(self, x: Tensor, covariates: Tensor | None = None) -> Tensor:
+        """(..., N, n) and (..., N, n_covariates), which broadcast, to (..., N, out_features)."""
+        if covariates is None:
+            return super().forward(x)
+        of_x, of_covariates = self.weight.tensor_split([x.shape[-1]], dim=-1)
+        shift = nn.functional.linear(covariates.to(x.dtype), of_covariates)
+        return nn.functional.linear(x, of_x, self.bias) + shift
+
+
 class HiddenLayers(nn.Module):
     """Blocks of Linear, BatchNorm, LayerNorm, activation and Dropout.
 
@@ -108,7 +125,7 @@ class HiddenLayers(nn.Module):
             joined = n_covariates if i == 0 or deep else 0
             block = nn.Sequential()
             block.add_module(
-                "linear", nn.Linear((n_hidden if i else n_in) + joined, n_hidden, bias=bias)
+                "linear", JoinedLinear((n_hidden if i else n_in) + joined, n_hidden, bias=bias)
             )
             if batch_norm:
                 block.add_module("batch_norm", BatchNorm(n_hidden))
@@ -122,10 +139,14 @@ class HiddenLayers(nn.Module):
 
     def forward(self, x: Tensor, covariates: Tensor | None = None) -> Tensor:
         """(..., N, n_in) and (N, n_covariates) to (..., N, n_out)."""
+        assert covariates is not None or not self.n_covariates, "it was made for covariates"
         if not self.layers:
             return self._joined(x, covariates)
         for i, block in enumerate(self.layers):
-            x = block(self._joined(x, covariates) if i == 0 or self.deep else x)
+            linear, *others = block.children()
+            x = linear(x, covariates if self.n_covariates and (i == 0 or self.deep) else None)
+            for module in others:
+                x = module(x)
         return x
 
     def input_layers(self, *heads: nn.Module) -> list[nn.Module]:
@@ -133,9 +154,8 @@ class HiddenLayers(nn.Module):
         return [self.layers[0].get_submodule("linear")] if len(self.layers) else list(heads)
 
     def _joined(self, x: Tensor, covariates: Tensor | None) -> Tensor:
-        if not self.n_covariates:
+        if covariates is None or not self.n_covariates:
             return x
-        assert covariates is not None, "the network was made for covariates"
         shape = torch.broadcast_shapes(x.shape[:-1], covariates.shape[:-1])
         covariates = covariates.to(x.dtype).expand(*shape, -1)
         return torch.cat([x.expand(*shape, -1), covariates], dim=-1)

@@ -52,7 +52,8 @@ from pyro_scanvi.model.growth import (
     label_prior,
     told,
 )
-from pyro_scanvi.model.label_noise import LABEL_NOISE, CertainLabel, LabelNoise, LabelSizes
+from pyro_scanvi.model.label_noise import LABEL_NOISE, LabelNoise, LabelSizes
+from pyro_scanvi.model.labels import CertainLabel, LabelCategorical, at_label
 from pyro_scanvi.model.likelihoods import (
     DISPERSIONS,
     CountParameters,
@@ -304,7 +305,7 @@ class SCANVAE(PiecewiseInterface):
         with self.plate(cells):
             u = pyro.sample("u", self.p_u(cells))  # N | K
             y = pyro.sample("y", self.p_y(cells))  # N | L
-            pyro.factor("label", (y * self.evidence(cells)).sum(-1))
+            pyro.factor("label", at_label(y, self.evidence(cells)))
             z = pyro.sample("z", self.p_z(u, y, cells))  # N | K
             library = self.observed_library(cells)  # N, 1
             if library is None:
@@ -419,7 +420,7 @@ class SCANVAE(PiecewiseInterface):
 
     def q_y(self, z: Tensor, cells: Cells) -> OneHotCategorical:
         """q(y | z) = Categorical(softmax f(z)), the classifier; batch (..., N) event (L,)."""
-        return OneHotCategorical(logits=self.classifier(self.state(z)))
+        return LabelCategorical(logits=self.classifier(self.state(z)))
 
     def q_y_given(self, z: Tensor, cells: Cells) -> OneHotCategorical:
         """q(y | z, e), proportional to q(y | z) p(e | y); batch (..., N) event (L,).
@@ -428,7 +429,7 @@ class SCANVAE(PiecewiseInterface):
         """
         evidence = self.evidence(cells)
         certain = ((evidence > LOG_IMPOSSIBLE / 2).sum(-1) == 1).all()
-        kind = CertainLabel if certain else OneHotCategorical
+        kind = CertainLabel if certain else LabelCategorical
         return kind(logits=self.q_y(z, cells).logits + evidence)
 
     def label_logits(self, z: Tensor, cells: Cells) -> Tensor:
