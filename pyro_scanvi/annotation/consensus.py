@@ -27,8 +27,8 @@ from pyro_scanvi.annotation.readers import Reader, cross_entropy, fit_reader, in
 
 MOST_CELLS = 5000  # labelled cells that the rules are learned from
 TOTAL = 1e4
-# Inverse temperature: median and spread of its logarithm, about what hidden labels asked for in
-# benchmarks/annotation.py, where 47 choices of labels asked for 1.15, give or take .2.
+# Inverse temperature: median, and spread of its logarithm. In 47 choices of labels, in seven
+# settings of benchmarks/annotation.py, hidden labels asked for 1.15, give or take .2.
 USUAL, SPREAD = 1.1, 0.15
 COLDEST = 20.0
 SMALLEST_SPREAD = 1e-6  # of a dimension that no cell uses

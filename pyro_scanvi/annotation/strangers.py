@@ -19,11 +19,11 @@ def warn_of_strangers(
 
     The warning names the line that is `stacklevel` calls above.
     """
-    n_cells, n_genes = counts.shape[0], len(np.unique(counts.nonzero()[1]))
-    if n_cells < ENOUGH_CELLS or n_genes < ENOUGH_GENES:
+    n_cells = counts.shape[0]
+    looked_at = counts[np.linspace(0, n_cells - 1, min(n_cells, CELLS_LOOKED_AT)).astype(int)]
+    if n_cells < ENOUGH_CELLS or len(np.unique(looked_at.nonzero()[1])) < ENOUGH_GENES:
         return
-    looked_at = np.linspace(0, n_cells - 1, min(n_cells, CELLS_LOOKED_AT)).astype(int)
-    found = likeness(consensus, counts[looked_at])
+    found = likeness(consensus, looked_at)
     if found < SMALLEST_LIKENESS:
         warnings.warn(
             f"these cells do not look like those of the reference: their mean profile has a "

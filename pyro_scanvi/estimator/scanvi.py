@@ -775,10 +775,8 @@ class SCANVI(
         is_same = len(fields.classes) == len(source.fields.classes)  # new labels have no rule
         known = source.consensus
         model.rules = Rules(known if is_same else None, honest=known is not None)
-        if known is not None:
-            warn_of_strangers(
-                known, model._data.counts, stacklevel=3
-            )  # above the check of arguments
+        if known is not None:  # said of the line above the check of arguments
+            warn_of_strangers(known, model._data.counts, stacklevel=3)
         return model
 
     def state_diff(self, reference: "SCANVI | str | Path") -> pd.DataFrame:

@@ -29,14 +29,15 @@ class LeakHistory(Callback):
     Parameters
     ----------
     types
-        True type of each cell of the AnnData, (N,): labels that are hidden from the model too.
+        True type of each cell of the model's AnnData, in its order, (N,): labels that are hidden
+        from the model too.
     every_n_epochs
         A pass over all training cells each.
 
     Raises
     ------
     InputError
-        In training, where `types` are not one for each cell; or if `every_n_epochs` is below 1.
+        In training, where there are fewer types than cells; or if `every_n_epochs` is below 1.
 
     Examples
     --------
