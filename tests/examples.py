@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 
 from pyro_scanvi import SCANVAE, SCANVI, Cells
 from pyro_scanvi.posterior.trained import Trained
@@ -23,7 +22,7 @@ QUESTIONS = sorted(  # the methods that SCANVI inherits
 )
 
 
-def mostly_slow(cases: Iterable) -> list[ParameterSet]:
+def mostly_slow(cases: Iterable) -> list:
     """Cases of a test of which `make test` runs the first alone."""
     first, *others = cases
     return [pytest.param(first), *(pytest.param(case, marks=pytest.mark.slow) for case in others)]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.sparse import csr_matrix, issparse
+from scipy.sparse import csr_matrix
 from scipy.special import log_softmax, softmax
 
 from pyro_scanvi.annotation.novelty import Novelty
@@ -131,4 +131,4 @@ def _inverse_temperature(log_probabilities: np.ndarray, label: np.ndarray) -> fl
 
 def dense(counts: csr_matrix | np.ndarray) -> np.ndarray:
     """The same, as an array."""
-    return np.asarray(csr_matrix(counts).todense()) if issparse(counts) else np.asarray(counts)
+    return counts if isinstance(counts, np.ndarray) else counts.toarray()

@@ -13,11 +13,10 @@ from torch.utils.data import DataLoader
 
 from pyro_scanvi.data.minibatches import UNLABELED, CellData
 from pyro_scanvi.metrics import within_type_leak
+from pyro_scanvi.posterior.draws import minibatch_size
 from pyro_scanvi.posterior.labels import latent_points
 from pyro_scanvi.training.module import LightningObjective
 from pyro_scanvi.validation import InputError, check_at_least
-
-N_AT_ONCE = 512  # cells
 
 
 class LeakHistory(Callback):
@@ -67,6 +66,6 @@ class LeakHistory(Callback):
                 f"there are {len(self.types)} types and more cells than that; give one for each "
                 "cell of the AnnData"
             )
-        latent = latent_points(module.vae, data, N_AT_ONCE)
+        latent = latent_points(module.vae, data, minibatch_size(None))
         leak = within_type_leak(latent, self.types[cells], data.label != UNLABELED)
         module.noted["leak"] = float(leak.mean())
