@@ -10,6 +10,8 @@ Most counts of a single cell are zero, so the expensive part is computed at the 
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -18,6 +20,8 @@ from torch.autograd import Function
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 from torch.nn.functional import softplus
+
+from pyro_scanvi.model import count_kernels
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _STIRLING_FROM = 8.0  # from here on five terms of the series are exact in float64 to 1e-12
@@ -185,6 +189,44 @@ class _ZeroInflatedLogProb(Function):
         return grad * (1 - structural), grad * d_gate, None
 
 
+def _negative_binomial(value: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
+    return _NegativeBinomialLogProb.apply(value, mean, finite(theta), _nonzeros(value))
+
+
+def _zero_inflated(value: Tensor, mean: Tensor, theta: Tensor, gate_logits: Tensor) -> Tensor:
+    where = _nonzeros(value)
+    base = _NegativeBinomialLogProb.apply(value, mean, finite(theta), where)
+    return _ZeroInflatedLogProb.apply(base, gate_logits, where)
+
+
+def _differentiable(kernel: Any, plain: Callable) -> None:
+    """Let gradients pass a kernel: by the slopes that it gives, further ones by the formulas."""
+
+    def keep(ctx, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    def backward(ctx, gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+        n, wanted, grad = len(gradients), ctx.needs_input_grad[1:], gradients[0]
+        (value, *parameters), slopes = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        if not torch.is_grad_enabled():
+            return None, *(grad * d if w else None for d, w in zip(slopes, wanted, strict=True))
+        asked = [p for p, w in zip(parameters, wanted, strict=True) if w]
+        found = iter(torch.autograd.grad(plain(value, *parameters), asked, grad, create_graph=True))
+        return None, *(next(found) if w else None for w in wanted)
+
+    kernel.register_autograd(backward, setup_context=keep)
+
+
+_differentiable(count_kernels.negative_binomial, _negative_binomial)
+_differentiable(count_kernels.zero_inflated, _zero_inflated)
+
+
+def _quickest(kernel: Callable, plain: Callable, *arguments: Tensor) -> Tensor:
+    """By the kernel where it serves, in a fourth of the time."""
+    return kernel(*arguments)[0] if count_kernels.serve(*arguments) else plain(*arguments)
+
+
 class CountDistribution(TorchDistribution):
     """What the count distributions share: parameters of one shape, counts as support."""
 
@@ -304,7 +346,7 @@ class NegativeBinomial(CountDistribution):
         return self.mu + self.mu * (self.mu / self.theta)
 
     def _log_prob(self, value: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
-        return _NegativeBinomialLogProb.apply(value, mu, finite(theta), _nonzeros(value))
+        return _quickest(count_kernels.negative_binomial, _negative_binomial, value, mu, theta)
 
     def _sample(self, mu: Tensor, theta: Tensor) -> Tensor:
         theta = finite(theta)
@@ -371,9 +413,8 @@ class ZeroInflatedNegativeBinomial(CountDistribution):
         return self.mean * spread
 
     def _log_prob(self, value: Tensor, mu: Tensor, theta: Tensor, gate_logits: Tensor) -> Tensor:
-        where = _nonzeros(value)
-        base = _NegativeBinomialLogProb.apply(value, mu, finite(theta), where)
-        return _ZeroInflatedLogProb.apply(base, gate_logits, where)
+        arguments = value, mu, theta, gate_logits
+        return _quickest(count_kernels.zero_inflated, _zero_inflated, *arguments)
 
     def _sample(self, mu: Tensor, theta: Tensor, gate_logits: Tensor) -> Tensor:
         counts = NegativeBinomial(mu, theta, validate_args=False).sample()

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from pyro_scanvi.model.growth import ByBatch, grows
 
 
+STEPS = 1 << 15  # of the rate of a dropout
+
+
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm over all leading dimensions, with the momentum and epsilon of scVI.
 
@@ -82,6 +85,27 @@ class JoinedLinear(nn.Linear):
         return nn.functional.linear(x, of_x, self.bias) + shift
 
 
+class Dropout(nn.Dropout):
+    """Dropout that draws four units with each random number, on the CPU in a fourth of the time.
+
+    A unit stays where 15 random bits are below a bound, so the rate is one of 32,768 steps; what
+    stays is divided by the probability that it does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` of any shape, each unit kept or 0; as it is in eval mode."""
+        bound = round((1 - self.p) * STEPS)
+        if not self.training or bound == STEPS:
+            return x
+        if x.device.type != "cpu" or not bound:
+            return super().forward(x)
+        # An int64 is four int16, of which the sign bits are not all random.
+        drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_().view(torch.int16)
+        drawn = drawn[: x.numel()].view(x.shape).bitwise_and_(STEPS - 1)
+        kept = torch.lt(drawn, bound, out=torch.empty(x.shape, dtype=x.dtype))
+        return x * kept.mul_(STEPS / bound)
+
+
 class HiddenLayers(nn.Module):
     """Blocks of Linear, BatchNorm, LayerNorm, activation and Dropout.
 
@@ -133,7 +157,7 @@ class HiddenLayers(nn.Module):
                 block.add_module("layer_norm", nn.LayerNorm(n_hidden, elementwise_affine=False))
             block.add_module("activation", activation())
             if dropout_rate > 0:
-                block.add_module("dropout", nn.Dropout(dropout_rate))
+                block.add_module("dropout", Dropout(dropout_rate))
             self.layers.append(block)
         self.deep = deep
 

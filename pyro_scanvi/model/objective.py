@@ -36,6 +36,8 @@ from pyro_scanvi.model.pyro_internals import (
     HeldBelow,
     RevisedELBO,
     Site,
+    Unannounced,
+    enumeration_weight,
     in_cells,
     set_log_prob,
     sites,
@@ -150,7 +152,8 @@ class BoundModule(ELBOModule):
 
     def parts(self, cells: Cells) -> ObjectiveParts:
         """Loss and its parts."""
-        return self.elbo.parts(self.model, self.guide, cells)
+        with Unannounced():
+            return self.elbo.parts(self.model, self.guide, cells)
 
 
 class SemiSupervisedELBO(RevisedELBO):
@@ -421,15 +424,6 @@ def _expected_costs(
 def is_shared(site: Site) -> bool:
     """Whether it is a sample outside the plate of cells."""
     return site["type"] == "sample" and not in_cells(site)
-
-
-def enumeration_weight(guide_trace: Trace) -> Tensor:
-    """Probability of each combination of enumerated values, (..., N); 1 if there is none."""
-    log_weight = torch.zeros(())
-    for site in sites(guide_trace).values():
-        if site["type"] == "sample" and site["infer"].get("enumerate"):
-            log_weight = log_weight + site["unscaled_log_prob"]
-    return log_weight.exp()
 
 
 def masked(site: Site) -> Tensor:

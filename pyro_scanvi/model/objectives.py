@@ -50,11 +50,10 @@ from pyro_scanvi.model.objective import (
     LayeredELBO,
     ObjectiveParts,
     SemiSupervisedELBO,
-    enumeration_weight,
     is_shared,
     masked,
 )
-from pyro_scanvi.model.pyro_internals import Site, enumeration_dim, sites
+from pyro_scanvi.model.pyro_internals import Site, enumeration_dim, enumeration_weight, sites
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.validation import (
     InputError,
@@ -323,7 +322,7 @@ class ImportanceWeightedELBO(SemiSupervisedELBO):
         bound = (_scale(p) * self.num_particles * cells).sum()
         for here, sign in ((p, 1), (q, -1)):
             for site in filter(is_shared, here.values()):
-                bound = bound + sign * site["packed"]["log_prob"].sum()
+                bound = bound + sign * site["log_prob"].sum()
         return bound
 
     def cell_bounds(self, model_trace: Trace, guide_trace: Trace) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.enum import get_importance_trace
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.nn import PyroModule
 from pyro.ops import packed
@@ -51,8 +52,21 @@ class RevisedELBO(TraceEnum_ELBO):
         return next(self._get_traces(model, guide, args, {}))
 
     def bound(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
-        """The ELBO of such traces, exact over enumerated sites; a scalar with a gradient."""
-        return _compute_dice_elbo(model_trace, guide_trace)
+        """The ELBO of such traces, exact over enumerated sites; a scalar with a gradient.
+
+        Where nothing but the guide enumerates, and all else is drawn with a gradient, it is a
+        weighted sum, in a tenth of the time of Pyro's general way.
+        """
+        if not _is_weighted_sum(model_trace, guide_trace):
+            return _compute_dice_elbo(model_trace, guide_trace)
+        weight, total = enumeration_weight(guide_trace), torch.zeros(())
+        for trace, sign in ((model_trace, 1), (guide_trace, -1)):
+            for site in own_sites(trace).values():
+                log_prob = site["log_prob"]
+                if log_prob.dim() >= weight.dim() > 1:  # what has no probability may be infinite
+                    log_prob = torch.where(weight > 0, log_prob, torch.zeros_like(log_prob))
+                total = total + sign * (weight * log_prob if in_cells(site) else log_prob).sum()
+        return total
 
     def _vectorized_num_particles(self, fn: Callable) -> Callable:
         """Pyro's own would draw what all cells share for each particle too."""
@@ -66,12 +80,36 @@ class RevisedELBO(TraceEnum_ELBO):
         return particles
 
     def _get_trace(self, model, guide, args, kwargs) -> tuple[Trace, Trace]:
-        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        checking = pyro.settings.get("validate_poutine")
+        get = super()._get_trace if checking else self._unpacked
+        model_trace, guide_trace = get(model, guide, args, kwargs)
         _drop_joins(model_trace)
-        if pyro.settings.get("validate_poutine"):
+        if checking:
             self.check(model_trace, guide_trace)
         self.revise(model_trace, guide_trace)
         return model_trace, guide_trace
+
+    def _unpacked(self, model, guide, args, kwargs) -> tuple[Trace, Trace]:
+        """Pyro's own, without checks, and without what a weighted sum does not read."""
+        nesting = int(self.max_plate_nesting)
+        traces = get_importance_trace("flat", nesting, model, guide, args, kwargs)
+        if not _is_weighted_sum(*traces):
+            model_trace, guide_trace = traces
+            guide_trace.pack_tensors()
+            model_trace.pack_tensors(guide_trace.plate_to_symbol)
+        return traces
+
+
+def _is_weighted_sum(model_trace: Trace, guide_trace: Trace) -> bool:
+    """Whether each site is observed, drawn with a gradient, or enumerated in the guide."""
+    guide = own_sites(guide_trace)
+    drawn_well = all(
+        enumeration_dim(site) is not None or site["fn"].has_rsample for site in guide.values()
+    )
+    return drawn_well and all(
+        site["is_observed"] or enumeration_dim(site) is None or name in guide
+        for name, site in own_sites(model_trace).items()
+    )
 
 
 class _Particles(Messenger):
@@ -138,9 +176,18 @@ def set_log_prob(site: Site, log_prob: Tensor) -> None:
     """Put another log probability at a site, unscaled, as TraceEnum_ELBO will sum it."""
     if isinstance(site["mask"], Tensor):
         log_prob = torch.where(site["mask"], log_prob, torch.zeros_like(log_prob))
-    site["packed"]["log_prob"] = packed.pack(
-        log_prob * site["scale"], site["infer"]["_dim_to_symbol"]
-    )
+    site["log_prob"] = log_prob * site["scale"]
+    if "packed" in site:
+        site["packed"]["log_prob"] = packed.pack(site["log_prob"], site["infer"]["_dim_to_symbol"])
+
+
+def enumeration_weight(guide_trace: Trace) -> Tensor:
+    """Probability of each combination of enumerated values, (..., N); 1 if there is none."""
+    log_weight = torch.zeros(())
+    for site in sites(guide_trace).values():
+        if site["type"] == "sample" and site["infer"].get("enumerate"):
+            log_weight = log_weight + site["unscaled_log_prob"]
+    return log_weight.exp()
 
 
 def is_plate(site: Site) -> bool:
@@ -198,14 +245,20 @@ def announce(module: nn.Module, name: str) -> None:
     """Show Pyro a module's own parameters as `param` sites ``name.parameter``.
 
     SVI collects and steps what it is shown, and :func:`pyro.render_model` draws it; nothing goes
-    into the global store.
+    into the global store. Under :class:`Unannounced` there is nobody to show them to.
     """
+    if any(isinstance(handler, Unannounced) for handler in _PYRO_STACK):
+        return
     for own, parameter in module.named_parameters():
         if parameter.requires_grad:
             shown: Any = parameter.detach()
             shown.unconstrained = lambda parameter=parameter: parameter
             show = effectful(lambda constraint, shown=shown: shown, type="param")
             show(name=f"{name}.{own}", constraint=constraints.real)
+
+
+class Unannounced(Messenger):
+    """Training by an optimiser of torch, which has the parameters: showing them takes its time."""
 
 
 def checked_start() -> AbstractContextManager:

@@ -1,0 +1,1 @@
+"""Timing of training and predicting: processes of their own, in turns, several times."""
