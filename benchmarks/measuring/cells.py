@@ -44,5 +44,7 @@ def level(gene: np.ndarray, nonzero: float) -> float:
     low, high = 1e-6, 1e6
     for _ in range(60):
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if (1 - 1 / (1 + middle * gene)).mean() > nonzero else (middle, high)
+        low, high = (
+            (low, middle) if (1 - 1 / (1 + middle * gene)).mean() > nonzero else (middle, high)
+        )
     return low

@@ -10,8 +10,6 @@ from importlib.metadata import version
 from typing import Any
 
 import anndata as ad
-import numpy as np
-import pyro
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
@@ -34,7 +32,9 @@ def main(task: str, path: str, given: str) -> None:
     SCANVI.setup_anndata(adata, "given", "Unknown")
     model = SCANVI(adata, n_layers=settings["layers"])
     seconds = {"train": train, "predict": predict}[task](model, settings)
-    versions = {name: version(name) for name in ("pyro-scanvi", "pyro-ppl", "torch", "numpy", "numba")}
+    versions = {
+        name: version(name) for name in ("pyro-scanvi", "pyro-ppl", "torch", "numpy", "numba")
+    }
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": seconds, "peak_mib": memory, "versions": versions}))
 

@@ -9,7 +9,6 @@ import warnings
 from importlib.metadata import version
 
 import anndata as ad
-import numpy as np
 import scvi
 import torch
 

@@ -50,7 +50,9 @@ OF_EXP = tuple(
 )
 OF_STIRLING = tuple(float32(c) for c in (-1 / 1188, 1 / 1680, -1 / 1260, 1 / 360, -1 / 12))
 OF_DEVIANCE = tuple(float32(1 / c) for c in (13, 11, 9, 7, 5, 3))
-OF_LOG_MINUS = tuple(float32(c) for c in (1 / 9, -1 / 8, 1 / 7, -1 / 6, 1 / 5, -1 / 4, 1 / 3, -1 / 2))
+OF_LOG_MINUS = tuple(
+    float32(c) for c in (1 / 9, -1 / 8, 1 / 7, -1 / 6, 1 / 5, -1 / 4, 1 / 3, -1 / 2)
+)
 OF_DIGAMMA = tuple(float32(1 / c) for c in (12, 120, 252, 240))
 OF_ZEROS = tuple(float32(-1 / c) for c in (4, 3, 2))
 
@@ -278,30 +280,19 @@ def _zero_inflated(start, stop, x, mean, theta, gate, value, by_mean, by_theta, 
             by_gate[i, g] = told[3, j]
 
 
-# Operations of torch, so that who traces a program sees one where the kernel is.
-@torch.library.custom_op("pyro_scanvi::negative_binomial", mutates_args=())
 def negative_binomial(x: Tensor, mean: Tensor, theta: Tensor) -> list[Tensor]:
     """log NB(x | mean, theta), and its slopes by mean and theta, of equal shapes."""
     return _filled(_negative_binomial, x, mean, theta)
 
 
-@torch.library.custom_op("pyro_scanvi::zero_inflated", mutates_args=())
 def zero_inflated(x: Tensor, mean: Tensor, theta: Tensor, gate_logits: Tensor) -> list[Tensor]:
     """The same of the zero-inflated one, and the slope by the logits of its gate."""
     return _filled(_zero_inflated, x, mean, theta, gate_logits)
 
 
-@negative_binomial.register_fake
-@zero_inflated.register_fake
-def _shapes(*arguments: Tensor) -> list[Tensor]:
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in arguments]
-
-
 def serve(*arguments: Tensor) -> bool:
     """Whether these can be computed here: in float32, in the memory of the CPU."""
-    return all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in arguments
-    )
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in arguments)
 
 
 def _filled(kernel: Callable, *arguments: Tensor) -> list[Tensor]:

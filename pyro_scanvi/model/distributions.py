@@ -11,7 +11,6 @@ Most counts of a single cell are zero, so the expensive part is computed at the 
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -199,32 +198,36 @@ def _zero_inflated(value: Tensor, mean: Tensor, theta: Tensor, gate_logits: Tens
     return _ZeroInflatedLogProb.apply(base, gate_logits, where)
 
 
-def _differentiable(kernel: Any, plain: Callable) -> None:
-    """Let gradients pass a kernel: by the slopes that it gives, further ones by the formulas."""
+class _InOnePass(Function):
+    """A log probability by a kernel, which gives its slopes with it; `plain` are the formulas."""
 
-    def keep(ctx, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *output[1:])
+    @staticmethod
+    def forward(ctx, kernel: Callable, plain: Callable, value: Tensor, *parameters: Tensor):
+        log_prob, *slopes = kernel(value, *parameters)
+        ctx.plain = plain
+        ctx.save_for_backward(value, *parameters, *slopes)
+        return log_prob
 
-    def backward(ctx, gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
-        n, wanted, grad = len(gradients), ctx.needs_input_grad[1:], gradients[0]
-        (value, *parameters), slopes = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        wanted = ctx.needs_input_grad[3:]
+        value, *saved = ctx.saved_tensors
+        parameters, slopes = saved[: len(wanted)], saved[len(wanted) :]
         if not torch.is_grad_enabled():
-            return None, *(grad * d if w else None for d, w in zip(slopes, wanted, strict=True))
+            told = [grad * d if w else None for d, w in zip(slopes, wanted, strict=True)]
+            return None, None, None, *told
+        # A second derivative is to come, which goes through the formulas.
         asked = [p for p, w in zip(parameters, wanted, strict=True) if w]
-        found = iter(torch.autograd.grad(plain(value, *parameters), asked, grad, create_graph=True))
-        return None, *(next(found) if w else None for w in wanted)
-
-    kernel.register_autograd(backward, setup_context=keep)
-
-
-_differentiable(count_kernels.negative_binomial, _negative_binomial)
-_differentiable(count_kernels.zero_inflated, _zero_inflated)
+        log_prob = ctx.plain(value, *parameters)
+        found = iter(torch.autograd.grad(log_prob, asked, grad, create_graph=True))
+        return None, None, None, *(next(found) if w else None for w in wanted)
 
 
 def _quickest(kernel: Callable, plain: Callable, *arguments: Tensor) -> Tensor:
     """By the kernel where it serves, in a fourth of the time."""
-    return kernel(*arguments)[0] if count_kernels.serve(*arguments) else plain(*arguments)
+    if count_kernels.serve(*arguments):
+        return _InOnePass.apply(kernel, plain, *arguments)
+    return plain(*arguments)
 
 
 class CountDistribution(TorchDistribution):

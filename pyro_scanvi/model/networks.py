@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from pyro_scanvi.model.growth import ByBatch, grows
 
-
 STEPS = 1 << 15  # of the rate of a dropout
 
 

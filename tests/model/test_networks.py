@@ -9,6 +9,7 @@ from pyro_scanvi.model.networks import (
     Classifier,
     CountDecoder,
     CovariateEncoder,
+    Dropout,
     GroupedClassifier,
     HiddenLayers,
     NormalNetwork,
@@ -160,6 +161,41 @@ def test_dropout_acts_in_training_only():
     dropped = (layers(x) == 0).float().mean().item()
     assert abs(dropped - 0.5) < 0.08  # 5 standard errors of 1,000 units
     assert (layers.eval()(x) != 0).all()
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1 / 3])
+def test_dropout_keeps_its_rate_and_the_mean(rate):
+    """Each of the four units that share a random number; false alarm 1e-6 each (4.9 errors)."""
+    n = 1_000_000
+    dropped = Dropout(rate)(torch.ones(n))
+    by_lane = (dropped == 0).double().reshape(-1, 4).mean(0)
+    error = (rate * (1 - rate) / (n / 4)) ** 0.5
+    assert ((by_lane - rate).abs() < 4.9 * error + 1 / 32768).all()
+    kept = dropped[dropped != 0].unique()
+    assert len(kept) == 1 and kept.item() == pytest.approx(1 / (1 - rate), abs=1e-4)
+
+
+def test_dropout_of_neighbours_is_independent():
+    """Correlations of the four units of a random number; false alarm 1e-6 each (4.9 errors)."""
+    lanes = Dropout(0.3)(torch.ones(400_000)).reshape(-1, 4).T
+    correlation = torch.corrcoef(lanes) - torch.eye(4)
+    assert correlation.abs().max() < 4.9 / 100_000**0.5
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 5), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_dropout_is_what_was_kept(shape, dtype):
+    x = torch.ones(shape, dtype=dtype, requires_grad=True)
+    dropped = Dropout(0.5)(x)
+    dropped.sum().backward()
+    assert dropped.dtype == dtype and torch.equal(x.grad, dropped.detach())
+
+
+def test_dropout_of_nothing_and_of_everything():
+    x = torch.randn(10)
+    assert Dropout(0.0)(x) is x and Dropout(0.5).eval()(x) is x
+    assert not Dropout(1.0)(x).any()
+    assert Dropout(0.5)(x.to("meta")).shape == x.shape
 
 
 def test_activation_and_bias():

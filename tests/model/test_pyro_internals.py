@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Categorical, Normal
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
@@ -62,6 +63,42 @@ def test_the_bound_is_exact_and_that_of_pyro():
     bound = elbo.bound(*elbo.traces(model, guide))
     torch.testing.assert_close(bound, by_hand())
     assert bound.item() == pytest.approx(-TraceEnum_ELBO(max_plate_nesting=1).loss(model, guide))
+
+
+def test_the_bound_of_a_draw_without_a_gradient_has_pyros_score_function():
+    """What is neither enumerated nor drawn with a gradient is no weighted sum."""
+    logits = torch.zeros(3, requires_grad=True)
+
+    def drawing():
+        with pyro.plate("cells", N), poutine.scale(scale=SCALE):
+            pyro.sample("y", Categorical(logits=logits))
+
+    gradients = []
+    for elbo in (RevisedELBO(max_plate_nesting=1), TraceEnum_ELBO(max_plate_nesting=1)):
+        elbo.strict_enumeration_warning = False
+        pyro.set_rng_seed(0)
+        traces = next(elbo._get_traces(model, drawing, (), {}))
+        bound = getattr(elbo, "bound", _compute_dice_elbo)(*traces)
+        gradients += torch.autograd.grad(bound, logits)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0.1
+
+
+def test_a_label_without_probability_may_have_no_density():
+    """0 log 0 is 0 in the weighted sum."""
+
+    def impossible():
+        with pyro.plate("cells", N):
+            pyro.sample("y", Categorical(torch.tensor([0.5, 0.5, 0.0]), validate_args=False))
+
+    def sure():
+        with pyro.plate("cells", N):
+            q = Categorical(torch.tensor([0.5, 0.5, 0.0]), validate_args=False)
+            pyro.sample("y", q, infer={"enumerate": "parallel"})
+
+    elbo = RevisedELBO(max_plate_nesting=1)
+    with pyro.validation_enabled(False):
+        assert elbo.bound(*elbo.traces(impossible, sure)).item() == pytest.approx(0)
 
 
 def test_a_revised_log_probability_is_summed_scaled():
