@@ -946,6 +946,7 @@ class SCANVI(
     def _training_anndata(self) -> ad.AnnData:
         """The AnnData with the counts that the model was made with."""
         self._check_adata(labels=True)
+        self._data.check_in_memory("save_anndata=True", "leave it out, and give SCANVI.load adata")
         if self.fields.holds(self.adata, self._data):
             return self.adata
         warnings.warn(
