@@ -13,12 +13,15 @@ from anndata.compat import DaskArray
 from scipy.sparse import csr_matrix, issparse
 
 from pyro_scanvi.data.minibatches import Counts
-from pyro_scanvi.data.on_disk import OnDisk, pages, read, rows_of, stays_on_disk, totals_of
+from pyro_scanvi.data.on_disk import OnDisk, head, pages, read, rows_of, stays_on_disk, totals_of
 from pyro_scanvi.names import first
 from pyro_scanvi.threads import as_told
 from pyro_scanvi.validation import InputError, check_at_least
 
 DROP_EMPTY = "; drop them with pyro_scanvi.drop_empty_cells(adata)"
+WRITE_WITHOUT = (
+    "; write a file without them, or load this one: pyro_scanvi.drop_empty_cells(adata.to_memory())"
+)
 OPEN = (
     "leave it on the disk by ad.read_h5ad(path, backed='r') or ad.io.sparse_dataset(group['X']), "
     "or load the AnnData with adata.to_memory()"
@@ -136,7 +139,7 @@ class CountsPlace:
         seen = (survey.seen(read(rows, *page)) for page in pages(rows))
         totals = np.concatenate([totals_of(counts) for counts in seen])
         survey.judge()
-        _check_none_empty(totals == 0, adata.obs_names, f"{DROP_EMPTY[:-1]}.to_memory())")
+        _check_none_empty(totals == 0, adata.obs_names, WRITE_WITHOUT)
         genes = len(self.genes(adata)) if columns is None else len(columns)
         whole = partial(whole_counts, columns=columns)
         return OnDisk(rows, whole, genes, totals, np.arange(adata.n_obs))
@@ -381,7 +384,7 @@ def _other_place(adata: ad.AnnData, place: CountsPlace) -> tuple[str, dict[str, 
 def _holds_counts(matrix: Any) -> bool:
     """Whether it does; of what stays on the disk the first cells are looked at."""
     if stays_on_disk(matrix):
-        matrix = matrix[:CELLS_LOOKED_AT]
+        matrix = head(matrix, CELLS_LOOKED_AT)
     values = matrix.data if issparse(matrix) else np.asarray(matrix)
     if values.dtype.kind not in "iuf" or not values.size:
         return False

@@ -94,6 +94,11 @@ def rows_of(matrix: Any) -> Rows:
     return SparseRows(matrix) if isinstance(matrix, CSRDataset) else DenseRows(matrix)
 
 
+def head(matrix: Any, n_cells: int) -> Any:
+    """The first rows of a matrix that stays on the disk; none where all would be read for them."""
+    return np.empty((0, 0)) if isinstance(matrix, CSCDataset) else matrix[:n_cells]
+
+
 def n_in_window(rows: Rows) -> int:
     """Number of cells that are held at once."""
     return max(PAGES, min(WINDOW, HELD // rows.bytes_of_a_cell))

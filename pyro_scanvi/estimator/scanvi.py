@@ -283,7 +283,8 @@ class SCANVI(
         Parameters
         ----------
         adata
-            Cells by genes, raw counts.
+            Cells by genes, raw counts, in memory or on the disk: ``backed``, or anndata's
+            ``sparse_dataset`` (docs/large_data.md).
         labels_key
             Column of ``obs`` with the labels.
         unlabeled_category

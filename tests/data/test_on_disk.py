@@ -25,7 +25,7 @@ from pyro_scanvi.data.minibatches import (
 )
 from pyro_scanvi.data.on_disk import BlockSampler, CellsOnDisk
 from pyro_scanvi.storage.stores import write_anndata
-from tests.data.test_counts import corrected
+from tests.data.test_counts import corrected, in_raw
 from tests.data.test_data import assert_equal_cells
 from tests.examples import mostly_slow, simulated
 
@@ -162,6 +162,12 @@ def test_normalised_counts_are_refused_as_in_memory(tmp_path):
     expected = message(adata)
     assert "these look normalised; expected raw counts" in expected
     assert message(backed(adata, tmp_path)) == expected
+    expected = message(in_raw())
+    assert "raw holds whole numbers: use_raw=True" in expected
+    assert message(backed(in_raw(), tmp_path)) == expected
+    by_gene = in_raw()
+    by_gene.raw = ad.AnnData(csc_matrix(by_gene.raw.X), by_gene.obs, by_gene.raw.var)
+    assert "raw holds" not in message(backed(by_gene, tmp_path))
 
 
 @pytest.mark.usefixtures("small_windows")
@@ -183,7 +189,7 @@ def test_empty_cells_are_refused_with_a_cure(tmp_path):
     adata = simulated()
     adata.X[[5, 90]] = 0
     adata = backed(adata, tmp_path)
-    assert "cells without counts: 2 (cell5, cell90); drop" in message(adata)
+    assert "cells without counts: 2 (cell5, cell90); write a file" in message(adata)
     with pytest.raises(InputError, match="X stays on the disk; load the AnnData"):
         drop_empty_cells(adata)
     SCANVI.setup_anndata(drop_empty_cells(adata.to_memory()), "cell_type", "Unknown")
