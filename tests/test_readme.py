@@ -38,6 +38,9 @@ def test_the_quick_start_runs(quick_start):
 
 
 @pytest.mark.filterwarnings("ignore:a file takes other names")
+@pytest.mark.filterwarnings(
+    "ignore:(Consolidated metadata|zarr v3 autosharding)"
+)  # of later versions
 @pytest.mark.parametrize(
     "page",
     [README, *(pytest.param(page, marks=pytest.mark.slow) for page in PAGES if page != README)],

@@ -20,8 +20,9 @@ def warn_of_strangers(
     The warning names the line that is `stacklevel` calls above.
     """
     n_cells = counts.shape[0]
-    looked_at = counts[np.linspace(0, n_cells - 1, min(n_cells, CELLS_LOOKED_AT)).astype(int)]
-    if n_cells < ENOUGH_CELLS or len(np.unique(looked_at.nonzero()[1])) < ENOUGH_GENES:
+    chosen = np.linspace(0, n_cells - 1, min(n_cells, CELLS_LOOKED_AT)).astype(int)
+    looked_at = dense(counts[chosen])
+    if n_cells < ENOUGH_CELLS or (looked_at != 0).any(0).sum() < ENOUGH_GENES:
         return
     found = likeness(consensus, looked_at)
     if found < SMALLEST_LIKENESS:

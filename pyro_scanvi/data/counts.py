@@ -1,21 +1,32 @@
 """The counts of an AnnData: where they stand, whether they are counts, a copy to keep."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
+from anndata.compat import DaskArray
 from scipy.sparse import csr_matrix, issparse
 
 from pyro_scanvi.data.minibatches import Counts
+from pyro_scanvi.data.on_disk import OnDisk, head, pages, read, rows_of, stays_on_disk, totals_of
 from pyro_scanvi.names import first
 from pyro_scanvi.threads import as_told
 from pyro_scanvi.validation import InputError, check_at_least
 
 DROP_EMPTY = "; drop them with pyro_scanvi.drop_empty_cells(adata)"
+WRITE_WITHOUT = (
+    "; write a file without them, or load this one: pyro_scanvi.drop_empty_cells(adata.to_memory())"
+)
+OPEN = (
+    "leave it on the disk by ad.read_h5ad(path, backed='r') or ad.io.sparse_dataset(group['X']), "
+    "or load the AnnData with adata.to_memory()"
+)
+LOAD = "; load the AnnData with adata.to_memory()"
 LARGEST_LOGARITHM = 30  # no log(1 + count) is larger
 ROUNDING_ERROR = 1e-3, 1e-5  # absolute and relative, of counts that went through a logarithm
 CELLS_LOOKED_AT = 100
@@ -71,13 +82,15 @@ class CountsPlace:
     def matrix(self, adata: ad.AnnData) -> Any:
         """The matrix itself, sparse or dense, shared with the AnnData; InputError if unusable."""
         self.check(adata)
-        if adata.isbacked:
-            raise InputError("the AnnData is backed by its file; load it with adata.to_memory()")
         matrix = self._held(adata)
+        if stays_on_disk(matrix):
+            raise InputError(f"this reads all counts at once, and {self} stays on the disk{LOAD}")
         if matrix is None:
             hint, mend = _other_place(adata, self)
             message = f"{self} is empty; name the layer with the counts (layer=...){hint}"
             raise InputError(message, mend)
+        if isinstance(matrix, DaskArray):  # NumPy would compute it whole
+            raise InputError(f"{self} is a dask array; {OPEN}")
         if not issparse(matrix):
             return np.asarray(matrix)
         check_format(matrix, "the counts")
@@ -110,16 +123,26 @@ class CountsPlace:
     def values(self, adata: ad.AnnData, columns: np.ndarray | None = None) -> Counts:
         """As :meth:`own_counts`, but cells may be empty."""
         matrix = self.matrix(adata)
-        kind = matrix.dtype.kind
-        if kind not in "iuf":
-            raise InputError(f"counts have dtype {matrix.dtype}, expected real numbers")
-        counts = copied(matrix, columns)
-        genes = self.genes(adata)
-        names = adata.obs_names, genes if columns is None else genes[columns]
-        if kind == "f":
-            return _whole(counts, names, self, adata)
-        _refuse(counts, values_of(counts) < 0, names, self, adata)
+        survey = Survey(self, adata, columns, _check_numbers(matrix))
+        counts = survey.seen(matrix)
+        survey.judge()
         return counts
+
+    def counts(self, adata: ad.AnnData, columns: np.ndarray | None = None) -> Counts | OnDisk:
+        """As :meth:`own_counts`; those that stay on the disk are checked page by page, and left."""
+        self.check(adata)
+        matrix = self._held(adata)
+        if not stays_on_disk(matrix):
+            return self.own_counts(adata, columns)
+        rows = rows_of(matrix)
+        survey = Survey(self, adata, columns, _check_numbers(rows))
+        seen = (survey.seen(read(rows, *page)) for page in pages(rows))
+        totals = np.concatenate([totals_of(counts) for counts in seen])
+        survey.judge()
+        _check_none_empty(totals == 0, adata.obs_names, WRITE_WITHOUT)
+        genes = len(self.genes(adata)) if columns is None else len(columns)
+        whole = partial(whole_counts, columns=columns)
+        return OnDisk(rows, whole, genes, totals, np.arange(adata.n_obs))
 
     def _held(self, adata: ad.AnnData) -> Any:
         if self.use_raw:
@@ -146,7 +169,10 @@ def is_empty(counts: Counts) -> np.ndarray:
 
 def check_not_empty(counts: Counts, names: pd.Index, advice: str = DROP_EMPTY) -> None:
     """Refuse cells without counts, by name."""
-    empty = is_empty(counts)
+    _check_none_empty(is_empty(counts), names, advice)
+
+
+def _check_none_empty(empty: np.ndarray, names: pd.Index, advice: str) -> None:
     if empty.any():
         message = f"cells without counts: {empty.sum()}{first(names[empty])}{advice}"
         raise InputError(message, {"drop_empty_cells": True})
@@ -206,42 +232,112 @@ def values_of(counts: Counts) -> np.ndarray:
     return counts if isinstance(counts, np.ndarray) else counts.data
 
 
-def _whole(
-    counts: Counts, names: tuple[pd.Index, pd.Index], place: CountsPlace, adata: ad.AnnData
-) -> Counts:
-    """Whole numbers, in place; what is not counts is refused."""
-    values = values_of(counts)
-    _refuse(counts, ~np.isfinite(values) | (values < 0), names, place, adata)
-    rounded = np.rint(values)
-    off = np.abs(values - rounded)
-    fractional = off > ROUNDING_ERROR[0] + ROUNDING_ERROR[1] * values
-    if fractional.any():
-        _refuse_normalised(counts, fractional, names, place, adata)
-        warnings.warn(
-            f"the counts hold {fractional.sum()} fractions of {np.count_nonzero(values)} values, "
-            f"up to {values.max():.6g}, as corrected counts do: the model reads them rounded to "
-            "whole numbers; the AnnData stays as it is",
-            stacklevel=4,
-        )
-    np.copyto(values, rounded)
+def whole_counts(matrix: Any, columns: np.ndarray | None) -> Counts:
+    """A float32 copy of columns, rounded."""
+    counts = copied(matrix, columns)
+    np.rint(values_of(counts), out=values_of(counts))
     return counts
 
 
-def _refuse_normalised(
-    counts: Counts,
-    fractional: np.ndarray,
-    names: tuple[pd.Index, pd.Index],
-    place: CountsPlace,
-    adata: ad.AnnData,
-) -> None:
-    largest = values_of(counts).max()
-    surely = _are_normalised(counts)
-    if not surely and largest >= LARGEST_LOGARITHM:
-        return
-    kind = "log-normalised" if largest < LARGEST_LOGARITHM else "normalised"
-    doubt = "if they are corrected counts, round them: adata.X = adata.X.round(); "
-    advice = f"these look {kind}; {'' if surely else doubt}"
-    _refuse(counts, fractional, names, place, adata, advice)
+@dataclass
+class Found:
+    """Values of one kind: how many, and cell, gene and value of the first."""
+
+    n: int = 0
+    first: tuple[int, int, float] = (0, 0, 0.0)
+
+    def add(self, counts: Counts, wrong: np.ndarray, n_before: int) -> None:
+        """Those of cells before which there are so many."""
+        n_here = int(np.count_nonzero(wrong))
+        if n_here and not self.n:
+            cell, gene = position_of(counts, wrong)
+            self.first = n_before + cell, gene, float(values_of(counts)[wrong][0])
+        self.n += n_here
+
+
+@dataclass
+class Survey:
+    """What is no count among the counts of an AnnData, which are seen all at once or in parts.
+
+    Attributes
+    ----------
+    place, adata, columns
+        Where they stand, and the positions of the genes that are read.
+    of_fractions
+        Whether their type can hold them.
+    """
+
+    place: CountsPlace
+    adata: ad.AnnData
+    columns: np.ndarray | None
+    of_fractions: bool
+    impossible: Found = field(default_factory=Found)
+    fractional: Found = field(default_factory=Found)
+    n_cells: int = 0
+    n_values: int = 0
+    largest: float = 0.0
+    head: Counts | None = None  # the first cells, as they are
+
+    def seen(self, matrix: Any) -> Counts:
+        """A float32 copy of the next cells, in which fractions are rounded."""
+        counts = copied(matrix, self.columns)
+        values = values_of(counts)
+        if self.of_fractions:
+            self._add_fractions(counts, values)
+            np.rint(values, out=values)
+        else:
+            self.impossible.add(counts, values < 0, self.n_cells)
+        self.n_cells += counts.shape[0]
+        return counts
+
+    def judge(self) -> None:
+        """Refuse what is not counts, or warn of fractions."""
+        if self.impossible.n:
+            self._refuse(self.impossible)
+        if not self.fractional.n:
+            return
+        self._refuse_normalised()
+        warnings.warn(
+            f"the counts hold {self.fractional.n} fractions of {self.n_values} values, "
+            f"up to {self.largest:.6g}, as corrected counts do: the model reads them rounded to "
+            "whole numbers; the AnnData stays as it is",
+            stacklevel=4,
+        )
+
+    def _add_fractions(self, counts: Counts, values: np.ndarray) -> None:
+        impossible = ~np.isfinite(values) | (values < 0)
+        self.impossible.add(counts, impossible, self.n_cells)
+        with np.errstate(invalid="ignore"):  # infinity is told of already
+            off = np.abs(values - np.rint(values))
+            fractional = off > ROUNDING_ERROR[0] + ROUNDING_ERROR[1] * values
+        self.fractional.add(counts, fractional, self.n_cells)
+        self.n_values += int(np.count_nonzero(values))
+        self.largest = max(self.largest, float(values.max(initial=0)))
+        if self.head is None:
+            self.head = counts[:CELLS_LOOKED_AT].copy()
+
+    def _refuse_normalised(self) -> None:
+        surely = self.head is not None and _are_normalised(self.head)
+        if not surely and self.largest >= LARGEST_LOGARITHM:
+            return
+        kind = "log-normalised" if self.largest < LARGEST_LOGARITHM else "normalised"
+        doubt = "if they are corrected counts, round them: adata.X = adata.X.round(); "
+        self._refuse(self.fractional, f"these look {kind}; {'' if surely else doubt}")
+
+    def _refuse(self, found: Found, advice: str = "") -> None:
+        """InputError that names the first of them."""
+        cell, gene, value = found.first
+        genes = self.place.genes(self.adata)
+        gene_name = genes[gene if self.columns is None else self.columns[gene]]
+        kind = "negative" if value < 0 else "fractional" if np.isfinite(value) else "not finite"
+        more = f", and {found.n - 1} more like it" if found.n > 1 else ""
+        elsewhere, mend = _other_place(self.adata, self.place)
+        raise InputError(
+            f"the counts hold a value that is {kind}: {value:.6g} in cell "
+            f"{self.adata.obs_names[cell]!r}, gene {gene_name!r}{more}; {advice}expected raw "
+            f"counts, 0, 1, 2, ... (name their layer with layer=...){elsewhere}",
+            mend,
+        )
 
 
 def _are_normalised(counts: Counts) -> bool:
@@ -266,31 +362,6 @@ def _is_multiple(values: np.ndarray) -> bool:
     return bool((off <= 10 * ROUNDING_ERROR[0] + ROUNDING_ERROR[1] * multiples).all())
 
 
-def _refuse(
-    counts: Counts,
-    wrong: np.ndarray,
-    names: tuple[pd.Index, pd.Index],
-    place: CountsPlace,
-    adata: ad.AnnData,
-    advice: str = "",
-) -> None:
-    """InputError that names the first wrong value, if there is one."""
-    if not wrong.any():
-        return
-    cell, gene = position_of(counts, wrong)
-    value = values_of(counts)[wrong][0]
-    kind = "negative" if value < 0 else "fractional" if np.isfinite(value) else "not finite"
-    others = int(wrong.sum()) - 1
-    more = f", and {others} more like it" if others else ""
-    elsewhere, mend = _other_place(adata, place)
-    raise InputError(
-        f"the counts hold a value that is {kind}: {value:.6g} in cell {names[0][cell]!r}, "
-        f"gene {names[1][gene]!r}{more}; {advice}expected raw counts, 0, 1, 2, ... (name "
-        f"their layer with layer=...){elsewhere}",
-        mend,
-    )
-
-
 def position_of(counts: Counts, wrong: np.ndarray) -> tuple[int, int]:
     """Row and column of the first entry that is wrong."""
     if isinstance(counts, np.ndarray):
@@ -311,7 +382,17 @@ def _other_place(adata: ad.AnnData, place: CountsPlace) -> tuple[str, dict[str, 
 
 
 def _holds_counts(matrix: Any) -> bool:
+    """Whether it does; of what stays on the disk the first cells are looked at."""
+    if stays_on_disk(matrix):
+        matrix = head(matrix, CELLS_LOOKED_AT)
     values = matrix.data if issparse(matrix) else np.asarray(matrix)
     if values.dtype.kind not in "iuf" or not values.size:
         return False
     return bool((values >= 0).all() and (values == np.rint(values)).all() and values.any())
+
+
+def _check_numbers(matrix: Any) -> bool:
+    """Refuse what is no matrix of real numbers; whether it may hold fractions."""
+    if matrix.dtype.kind not in "iuf":
+        raise InputError(f"counts have dtype {matrix.dtype}, expected real numbers")
+    return bool(matrix.dtype.kind == "f")

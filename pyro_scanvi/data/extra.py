@@ -17,6 +17,7 @@ from scipy.sparse import csr_matrix, issparse
 from pyro_scanvi.data.columns import check_keys
 from pyro_scanvi.data.counts import check_format, copied, position_of, values_of
 from pyro_scanvi.data.minibatches import Counts
+from pyro_scanvi.data.on_disk import stays_on_disk
 from pyro_scanvi.names import first, listed, nearest
 from pyro_scanvi.validation import InputError
 
@@ -147,6 +148,11 @@ class Extra:
         if key not in held:
             self._refuse_missing(held.keys(), kind)
         found = held[key]
+        if stays_on_disk(found):
+            raise InputError(
+                f"{self.where} stays on the disk, and extra data are held in memory; read it: "
+                f"adata.{self.where} = adata.{self.where}[:]"
+            )
         if issparse(found):
             check_format(found, self.where)
         elif not isinstance(found, pd.DataFrame):

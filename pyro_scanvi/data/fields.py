@@ -33,8 +33,15 @@ from pyro_scanvi.data.extra import Extra, find_extra
 from pyro_scanvi.data.label_sources import LabelSources
 from pyro_scanvi.data.labels import check_not_ours, find_classes, unlabeled_name
 from pyro_scanvi.data.minibatches import UNLABELED, CellData, Named
+from pyro_scanvi.data.on_disk import CellsOnDisk, OnDisk
 from pyro_scanvi.names import first
 from pyro_scanvi.validation import InputError
+
+CHOOSE_GENES = (
+    "choose genes from cells in memory that have all labels and batches: "
+    "sample = adata[positions].to_memory(); SCANVI.setup_anndata(sample, ..., n_top_genes=...); "
+    "adata.uns['pyro_scanvi'] = sample.uns['pyro_scanvi'] sets all cells up with them"
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,7 @@ class Fields:
 
     def _of_variable_genes(self, data: CellData, n_top_genes: int, adata: ad.AnnData) -> "Fields":
         """The same fields with the most variable genes only, which leave no cell empty."""
+        data.check_in_memory("n_top_genes", CHOOSE_GENES)
         chosen = counts.variable_genes(data.counts, data.batch, n_top_genes)
         where = f" in the {len(chosen)} genes that were chosen"
         advice = f"{where}; raise n_top_genes, or drop those cells"
@@ -222,8 +230,10 @@ class Fields:
         check_names(adata)
         columns = self._gene_positions(adata)
         read = self._read_covariates if covariates else self._read_covariates_if_possible
-        return CellData(
-            counts=self.place.own_counts(adata, columns),
+        found = self.place.counts(adata, columns)
+        kind: Any = CellsOnDisk if isinstance(found, OnDisk) else CellData
+        return kind(
+            counts=found,
             extra=self._extra_data(adata, extra),
             **(self._labels(adata) if labels else {"label": np.full(adata.n_obs, UNLABELED)}),
             **read(adata),

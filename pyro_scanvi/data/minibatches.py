@@ -258,6 +258,19 @@ class CellData(Dataset):
         extra = self.extra.each(lambda v: v[positions])
         return replace(self, counts=self.counts[positions], extra=extra, **chosen)
 
+    def shuffled(
+        self, batch_size: int, seed: int, first_epoch: int = 0, balanced: bool = False
+    ) -> "MinibatchSampler":
+        """Minibatches to train on; see :class:`MinibatchSampler`."""
+        return MinibatchSampler(self.label, batch_size, seed, first_epoch, balanced)
+
+    def in_order(self, batch_size: int) -> Iterable[np.ndarray]:
+        """Minibatches in the order of the data."""
+        return np.array_split(np.arange(len(self)), max(1, -(-len(self) // batch_size)))
+
+    def check_in_memory(self, what: str, instead: str) -> None:
+        """Refuse `what` where the counts are not in memory, and say what to do instead."""
+
     def _columns(self) -> list[str]:
         """Fields that hold an array, or None."""
         return [f.name for f in fields(self) if f.name not in ("counts", "extra")]
@@ -330,9 +343,13 @@ class MinibatchSampler(Sampler[np.ndarray]):
         if self.balanced:
             labelled = balanced_draw(self.label, rng)
         strata = labelled, np.flatnonzero(self.label == UNLABELED)
-        place = [(rng.permutation(len(s)) + rng.random(len(s))) / max(len(s), 1) for s in strata]
+        place = [(self.ranks(s, rng) + rng.random(len(s))) / max(len(s), 1) for s in strata]
         order = np.concatenate(strata)[np.concatenate(place).argsort()]
         return iter(np.array_split(order, self.n_minibatches))
+
+    def ranks(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Place of each of these cells among them in the order of the epoch, (n,)."""
+        return rng.permutation(len(cells))
 
 
 def balanced_draw(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -366,13 +383,12 @@ def training_loader(
     data: CellData, batch_size: int, seed: int, first_epoch: int = 0, balanced: bool = False
 ) -> DataLoader:
     """Shuffled minibatches; see :class:`MinibatchSampler`."""
-    return _loader(data, MinibatchSampler(data.label, batch_size, seed, first_epoch, balanced))
+    return _loader(data, data.shuffled(batch_size, seed, first_epoch, balanced))
 
 
 def ordered_loader(data: CellData, batch_size: int) -> DataLoader:
     """Minibatches in the order of the data."""
-    n_minibatches = max(1, -(-len(data) // batch_size))
-    return _loader(data, np.array_split(np.arange(len(data)), n_minibatches))
+    return _loader(data, data.in_order(batch_size))
 
 
 def _loader(data: CellData, positions: Iterable[np.ndarray]) -> DataLoader:

@@ -283,7 +283,8 @@ class SCANVI(
         Parameters
         ----------
         adata
-            Cells by genes, raw counts.
+            Cells by genes, raw counts, in memory or on the disk: ``backed``, or anndata's
+            ``sparse_dataset`` (docs/large_data.md).
         labels_key
             Column of ``obs`` with the labels.
         unlabeled_category
@@ -946,6 +947,7 @@ class SCANVI(
     def _training_anndata(self) -> ad.AnnData:
         """The AnnData with the counts that the model was made with."""
         self._check_adata(labels=True)
+        self._data.check_in_memory("save_anndata=True", "leave it out, and give SCANVI.load adata")
         if self.fields.holds(self.adata, self._data):
             return self.adata
         warnings.warn(

@@ -267,14 +267,6 @@ def test_duplicated_names(names, what):
         set_up(adata)
 
 
-def test_backed_data_are_refused(tmp_path):
-    some_cells().write_h5ad(tmp_path / "in.h5ad")
-    adata = ad.read_h5ad(tmp_path / "in.h5ad", backed="r")
-    with pytest.raises(InputError, match="load it with adata.to_memory()"):
-        set_up(adata)
-    adata.file.close()
-
-
 def test_not_set_up():
     with pytest.raises(InputError, match="has not been set up; call SCANVI.setup_anndata"):
         SCANVI(some_cells())
