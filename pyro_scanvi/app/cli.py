@@ -13,15 +13,13 @@ import typer
 from rich.console import Console
 
 from pyro_scanvi import datasets
-from pyro_scanvi.app.report import leak_sentence, score_table, write_report
+from pyro_scanvi.app.baselines import score_table
+from pyro_scanvi.app.report import check_report, write_page
+from pyro_scanvi.app.seen import Seen, leak_sentence
 from pyro_scanvi.data.columns import check_names
 from pyro_scanvi.data.counts import empty_cells
 from pyro_scanvi.estimator.scanvi import DEFAULTS, SCANVI
-from pyro_scanvi.storage.files import (
-    check_makeable,
-    is_within,
-    user_path,
-)
+from pyro_scanvi.storage.files import check_makeable, make_folder, user_path
 from pyro_scanvi.storage.stores import (
     Compression,
     check_output,
@@ -119,14 +117,14 @@ Seed = Annotated[
 ]
 Report = Annotated[
     Path | None,
-    typer.Option(help="Folder for pictures, made if new, at any depth; none if not given."),
+    typer.Option(help="Page of HTML about the result, one .html file; none if not given."),
 ]
 DropEmptyCells = Annotated[
     bool,
     typer.Option("--drop-empty-cells", help="Leave out cells without counts; off by default."),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace OUT if it is there; off by default.")
+    bool, typer.Option("--overwrite", help="Replace what is there already; off by default.")
 ]
 CompressionChoice = Annotated[
     Compression, typer.Option(help="Of an .h5ad: keep takes that of IN; .zarr has its own.")
@@ -218,7 +216,8 @@ def demo(
         model = SCANVI(adata, seed=seed)
         model.train(max_epochs)
         model.annotate()
-        _write_report(model, folder)
+        make_folder(folder)
+        _write_report(model, folder / "report.html")
         write_anndata(adata, folder / "annotated.h5ad")
         _say(f"annotated cells: {folder / 'annotated.h5ad'}")
         console.print(score_table(model))
@@ -244,22 +243,18 @@ def _write_annotated(
         _write_report(model, report)
 
 
-def _write_report(model: SCANVI, folder: Path) -> None:
-    for path in write_report(model, folder):
-        _say(f"picture: {path}")
-    if leak := leak_sentence(model):
+def _write_report(model: SCANVI, path: Path) -> None:
+    seen = Seen.by(model)
+    _say(f"report: {write_page(seen, path)}")
+    if leak := leak_sentence(seen.leak()):
         _say(leak)
 
 
-def _check_outputs(output: Path, folder: Path | None, source: Path, overwrite: bool) -> None:
-    """Refuse an output or a folder for the report that cannot be written."""
+def _check_outputs(output: Path, report: Path | None, source: Path, overwrite: bool) -> None:
+    """Refuse an output or a report that cannot be written."""
     check_output(output, overwrite, source)
-    if folder is None:
-        return
-    for path in (source, output):
-        if is_within(folder, path):
-            raise InputError(f"the report {folder} lies in {path}; name another folder")
-    check_makeable(folder)
+    if report is not None:
+        check_report(report, overwrite, source, output)
 
 
 def _without_empty_cells(adata: ad.AnnData, layer: str | None, use_raw: bool) -> ad.AnnData:
