@@ -10,14 +10,7 @@ from pyro_scanvi.app.parts import PARTS, Part
 from pyro_scanvi.app.plotting import drawn_alike
 from pyro_scanvi.app.seen import Seen
 from pyro_scanvi.estimator.scanvi import SCANVI
-from pyro_scanvi.storage.files import (
-    check_folder,
-    disk_errors,
-    exists,
-    is_within,
-    replacing,
-    user_path,
-)
+from pyro_scanvi.storage.files import check_new, disk_errors, replacing, user_path
 from pyro_scanvi.validation import InputError
 
 SUFFIX = ".html"
@@ -75,16 +68,7 @@ def check_report(path: Path, overwrite: bool, *others: Path) -> None:
     if path.suffix != SUFFIX:
         message = f"the report {path} does not end in {SUFFIX}; name a file, such as report{SUFFIX}"
         raise InputError(message, {"report": f"{path}{SUFFIX}"})
-    for other in others:
-        if is_within(path, other):
-            raise InputError(f"the report {path} lies in {other}; write it elsewhere")
-    there = exists(path)
-    if there and path.is_dir():
-        raise InputError(f"the report {path} is a folder; choose another name")
-    if there and not overwrite:
-        message = f"the report {path} exists; overwrite=True replaces it"
-        raise InputError(message, {"overwrite": True})
-    check_folder(path.parent)
+    check_new(path, "report", overwrite, *others)
 
 
 def _told(value: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pyro_scanvi.app.scoring import Judged
+from pyro_scanvi.data.fields import Fields
 from pyro_scanvi.data.minibatches import UNLABELED, CellData
 from pyro_scanvi.estimator.scanvi import SCANVI
 from pyro_scanvi.metrics import within_type_leak
@@ -85,7 +86,7 @@ class Seen:
             return cls(
                 model,
                 data,
-                _given(model),
+                given_labels(model.fields, model.adata.obs),
                 soft.set_axis(names_of(soft.columns), axis=1),
                 model.get_latent_representation(seed=model.seed),
                 _unfamiliar(model) if has_rules else None,
@@ -136,6 +137,14 @@ class Seen:
         }
 
 
+def given_labels(fields: Fields, obs: pd.DataFrame) -> np.ndarray:
+    """Names of the labels that cells were given, or of the unlabelled category, (N,)."""
+    if fields.labels_key not in obs:  # as of a query
+        return np.full(len(obs), fields.unlabeled_category, dtype=object)
+    column = fields.with_named_unlabeled(obs[[fields.labels_key]])[fields.labels_key]
+    return np.array(names_of(column), dtype=object)
+
+
 def leak_sentence(leak: pd.Series) -> str:
     """Whether labelled cells lie among their kind; empty where that cannot be told."""
     if not len(leak):
@@ -145,14 +154,6 @@ def leak_sentence(leak: pd.Series) -> str:
         "lie among their kind; 1 where they lie on islands, or are all of one batch that lies "
         "apart)"
     )
-
-
-def _given(model: SCANVI) -> np.ndarray:
-    fields = model.fields
-    if fields.labels_key not in model.adata.obs:  # as of a query
-        return np.full(model.adata.n_obs, fields.unlabeled_category, dtype=object)
-    column = fields.with_named_unlabeled(model.adata.obs[[fields.labels_key]])[fields.labels_key]
-    return np.array(names_of(column), dtype=object)
 
 
 def _unfamiliar(model: SCANVI) -> Unfamiliar:

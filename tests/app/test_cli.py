@@ -540,10 +540,17 @@ COMMANDS = typer.main.get_command(app).commands
 OPTIONS = [(c, p) for c, command in COMMANDS.items() for p in command.params]
 
 
+@pytest.fixture(scope="module")
+def help_texts() -> dict[str, str]:
+    """Of each command, on a wide terminal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        return {command: plain(run(command, "--help").stdout) for command in COMMANDS}
+
+
 @pytest.mark.parametrize(("command", "option"), OPTIONS, ids=lambda x: getattr(x, "name", x))
-def test_every_option_is_explained_with_its_default(monkeypatch, command, option):
-    monkeypatch.setenv("COLUMNS", "200")
-    text = plain(run(command, "--help").stdout)
+def test_every_option_is_explained_with_its_default(help_texts, command, option):
+    text = help_texts[command]
     shown = option.opts[0] if option.param_type_name == "option" else option.metavar
     (line,) = (line for line in text.splitlines() if option.help in line)
     assert f" {shown} " in line
@@ -557,7 +564,8 @@ def test_help_says_what_is_written():
 
 
 def test_no_arguments_show_the_help():
-    assert set(COMMANDS) == {"annotate", "demo"}
+    names = {"annotate", "train", "query", "evaluate", "report", "experiment", "demo"}
+    assert set(COMMANDS) == names
     assert all(name in run().output for name in COMMANDS)
 
 
