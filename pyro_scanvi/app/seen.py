@@ -21,6 +21,7 @@ REJECT, COVERAGE = 0.05, 0.9  # as the examples in docs have them
 BY_RULES = (
     "labelled cells that the label rules were learned from, each read by rules of other cells"
 )
+NOT_KEPT = "answers to held-out cells in the file of the model, which an earlier version wrote"
 BY_SPLIT = "labelled cells that training held out"
 
 
@@ -165,8 +166,9 @@ def _unfamiliar(model: SCANVI) -> Unfamiliar:
 def _by_rules(model: SCANVI) -> tuple[Judged | None, str]:
     """By rules of the other folds; a file of before has kept the truth's probability alone."""
     known, names = model.consensus(), names_of(model.fields.classes)
-    kept = not np.isnan(known.held_out).any()
-    return (Judged(names, known.label, known.held_out) if kept else None), BY_RULES
+    if np.isnan(known.held_out).any():
+        return None, NOT_KEPT
+    return Judged(names, known.label, known.held_out), BY_RULES
 
 
 def _by_split(model: SCANVI, data: CellData) -> tuple[Judged | None, str]:

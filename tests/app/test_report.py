@@ -14,7 +14,15 @@ import pytest
 
 from pyro_scanvi import ELBO, SCANVI, InputError
 from pyro_scanvi.app import plotting
-from pyro_scanvi.app.parts import LONGEST_NAME, PARTS, Part, Picture, Table, short_names
+from pyro_scanvi.app.parts import (
+    LONGEST_NAME,
+    PARTS,
+    Part,
+    Picture,
+    Table,
+    held_out_labels,
+    short_names,
+)
 from pyro_scanvi.app.report import rendered, write_report
 from pyro_scanvi.app.scoring import Judged, reliability
 from pyro_scanvi.app.seen import Seen, leak_sentence
@@ -208,6 +216,15 @@ def test_the_held_out_cells_are_those_that_training_scored():
     assert [judged.names[code] for code in judged.label] == known["cell_type"].tolist()
     expected = model.predict(model.adata[known.index].copy(), soft=True)
     np.testing.assert_allclose(judged.soft, expected, rtol=1e-5)
+
+
+def test_a_file_of_before_has_not_kept_what_was_held_out():
+    model = as_they_are(small_model(simulated()))
+    known = model.consensus()
+    unkept = replace(known, held_out=np.full_like(known.held_out, np.nan))
+    model.rules = replace(model.rules, consensus=unkept)
+    part = held_out_labels(Seen.by(model))
+    assert part.pictures == () and "which an earlier version wrote" in part.sentences[0]
 
 
 @pytest.mark.slow
