@@ -19,7 +19,7 @@ def to_arrays(consensus: Consensus) -> dict[str, np.ndarray]:
         "of_latent.bias": latent.bias,
         "inverse_temperature": np.array([consensus.inverse_temperature]),
         "label": consensus.label,
-        "score": consensus.score,
+        "held_out": consensus.held_out,
         "novelty.mean": novelty.mean,
         "novelty.precision": novelty.precision,
         "novelty.held_out": novelty.held_out,
@@ -35,7 +35,17 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Consensus:
         Reader(of("of_latent.weight"), of("of_latent.bias")),
         float(of("inverse_temperature")[0]),
         of("label"),
-        of("score"),
+        _held_out(arrays),
         Novelty(of("novelty.mean"), of("novelty.precision"), of("novelty.held_out")),
         of("profiles"),
     )
+
+
+def _held_out(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Probabilities of held-out cells; in files of before, of their own label alone, others NaN."""
+    if "held_out" in arrays:
+        return arrays["held_out"]
+    label = arrays["label"]
+    found = np.full((len(label), len(arrays["of_counts.bias"])), np.nan)
+    found[np.arange(len(label)), label] = 1 - arrays["score"]
+    return found

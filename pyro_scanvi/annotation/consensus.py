@@ -44,9 +44,9 @@ class Consensus:
         The rules.
     inverse_temperature
         beta.
-    label, score
-        Of labelled cells, read by rules that did not see their label: its code, and 1 - its
-        probability, (n,); not of cells that alone have their label.
+    label, held_out
+        Of labelled cells, read by rules that did not see their label: its code, (n,), and the
+        probability of each label, (n, L); not of cells that alone have their label.
     novelty
         How far cells may lie from those of their label.
     profiles
@@ -57,7 +57,7 @@ class Consensus:
     of_latent: Reader
     inverse_temperature: float
     label: np.ndarray
-    score: np.ndarray
+    held_out: np.ndarray
     novelty: Novelty
     profiles: np.ndarray
 
@@ -65,6 +65,11 @@ class Consensus:
         """Probability of each label, (N, L), from counts (N, G) and latent states (N, K)."""
         both = self.of_counts(log_normalised(counts)) + self.of_latent(latent)
         return softmax(self.inverse_temperature / 2 * both, axis=1)
+
+    @property
+    def score(self) -> np.ndarray:
+        """1 - the probability of their label, of the held-out cells, (n,)."""
+        return 1 - self.held_out[np.arange(len(self.label)), self.label]
 
 
 def fit_consensus(
@@ -90,14 +95,14 @@ def fit_consensus(
     of_latent = Reader(scaled.weight / spread, scaled.bias)
     both = counts_held_out + latent_held_out
     cold = _inverse_temperature(both / 2, label)
-    right = softmax(cold / 2 * both, axis=1)[np.arange(len(label)), label]
+    held_out = softmax(cold / 2 * both, axis=1)
     shared = in_company(label)
     return Consensus(
         of_counts,
         of_latent,
         cold,
         label[shared],
-        1 - right[shared],
+        held_out[shared],
         Novelty.fit(latent, label, seed),
         np.stack([features[label == code].mean(0) for code in range(label.max() + 1)]),
     )

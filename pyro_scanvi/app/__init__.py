@@ -1,1 +1,1 @@
-"""The command line, and the pictures and baselines that it shows."""
+"""The command line, the report, and the baselines that they are seen beside."""

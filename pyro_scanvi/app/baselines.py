@@ -3,8 +3,12 @@
 import numpy as np
 import scanpy as sc
 from anndata import AnnData
+from rich.table import Table
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
+
+from pyro_scanvi.estimator.scanvi import SCANVI
+from pyro_scanvi.metrics import label_scores
 
 
 def baseline_probabilities(
@@ -37,3 +41,22 @@ def baseline_probabilities(
         name: model.fit(features.X[labelled], labels[labelled]).predict_proba(features.X[~labelled])
         for name, model in baselines.items()
     }
+
+
+def score_table(model: SCANVI) -> Table:
+    """Scores on the cells whose label was hidden, beside the baselines."""
+    obs = model.adata.obs
+    labelled = (obs[model.fields.labels_key] != model.fields.unlabeled_category).to_numpy()
+    truth = obs["cell_type"].astype(str).to_numpy()
+    codes = np.searchsorted(model.fields.classes, truth[~labelled])
+    soft = model.adata.obsm["scanvi_probabilities"].to_numpy()[~labelled]
+    methods = {"pyro_scanvi": soft} | baseline_probabilities(model.adata, truth, labelled)
+    table = Table(
+        title=f"{(~labelled).sum()} cells with hidden labels, {labelled.sum()} labelled cells"
+    )
+    for column in ("method", "accuracy", "macro-F1", "expected calibration error"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, probabilities in methods.items():
+        scores = label_scores(codes, probabilities)
+        table.add_row(name, *(f"{score:.3f}" for score in scores.values()))
+    return table

@@ -1,27 +1,58 @@
-"""The command line: ``pyro-scanvi annotate`` and ``pyro-scanvi demo``."""
+"""The command line, ``pyro-scanvi``: a command for each step from labels to a report."""
 
-import shlex
-import sys
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import anndata as ad
+import numpy as np
+import pandas as pd
 import typer
-from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from pyro_scanvi import datasets
-from pyro_scanvi.app.report import leak_sentence, score_table, write_report
-from pyro_scanvi.data.columns import check_names
-from pyro_scanvi.data.counts import empty_cells
-from pyro_scanvi.estimator.scanvi import DEFAULTS, SCANVI
+from pyro_scanvi.app.baselines import score_table
+from pyro_scanvi.app.options import (
+    BatchSize,
+    CheckpointDir,
+    Columns,
+    Common,
+    Labels,
+    MaxEpochs,
+    Model,
+    Network,
+    NHidden,
+    Output,
+    Report,
+    Seed,
+    Source,
+    Training,
+    grouped,
+    resumed,
+    trained,
+)
+from pyro_scanvi.app.running import running
+from pyro_scanvi.app.scoring import Judged
+from pyro_scanvi.app.seen import given_labels
+from pyro_scanvi.data.columns import check_keys
+from pyro_scanvi.data.fields import Fields
+from pyro_scanvi.data.labels import WRITTEN
+from pyro_scanvi.data.notes import UNS_KEY
+from pyro_scanvi.estimator.saved import Saved
+from pyro_scanvi.estimator.scanvi import SCANVI
+from pyro_scanvi.experiments import TABLES, Settings, compare, summary
+from pyro_scanvi.names import listed, names_of
 from pyro_scanvi.storage.files import (
+    check_apart,
     check_makeable,
-    is_within,
+    check_new,
+    disk_errors,
+    make_folder,
+    replacing,
     user_path,
 )
+from pyro_scanvi.storage.models import check_target
+from pyro_scanvi.storage.storable import storable_names
 from pyro_scanvi.storage.stores import (
     Compression,
     check_output,
@@ -30,7 +61,7 @@ from pyro_scanvi.storage.stores import (
     read_anndata,
     write_anndata,
 )
-from pyro_scanvi.validation import Advice, InputError
+from pyro_scanvi.validation import InputError, check_known
 
 app = typer.Typer(
     help="Label every cell of an AnnData from a few labelled ones, with scANVI.",
@@ -38,128 +69,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-complaints = Console(stderr=True)
 
-Source = Annotated[
-    Path, typer.Argument(metavar="IN", help="Cells by genes, raw counts: .h5ad or .zarr.")
-]
-Output = Annotated[
-    Path,
-    typer.Argument(metavar="OUT", help="Where to write the result: .h5ad or .zarr."),
-]
-LabelsKey = Annotated[str, typer.Option(help="Column of obs with the labels.")]
-UnlabeledCategory = Annotated[
-    str,
-    typer.Option(help="Value of that column where the label is not known; or there is no value."),
-]
-CoarseLabelsKey = Annotated[
-    str | None,
-    typer.Option(
-        help="Column of obs with coarser labels, read where the label is not known; none if not "
-        "given."
-    ),
-]
-BatchKey = Annotated[
-    str | None, typer.Option(help="Column of obs with the batch; one batch if not given.")
-]
-Layer = Annotated[
-    str | None,
-    typer.Option(
-        help="Layer with the raw counts; raw is raw.X where no layer has that name; X if not given."
-    ),
-]
-UseRaw = Annotated[
-    bool, typer.Option("--use-raw", help="Read the counts in raw.X; off by default.")
-]
-NTopGenes = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Learn from so many genes, the most variable of each batch; all if not given."
-    ),
-]
-CategoricalCovariateKey = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Column of obs with a further covariate; repeat for more; none if not given."
-    ),
-]
-ContinuousCovariateKey = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Column of obs with a numeric covariate; repeat for more; none if not given."
-    ),
-]
-SizeFactorKey = Annotated[
-    str | None, typer.Option(help="Column of obs with size factors; total counts if not given.")
-]
-MaxEpochs = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Passes over the data; if not given, min(round(20000 / cells * 400), 150).",
-        show_default=False,
-    ),
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Cells in a minibatch.")]
-NHidden = Annotated[int, typer.Option(min=1, help="Units in a hidden layer.")]
-NLatent = Annotated[int, typer.Option(min=1, help="Dimensions of the latent space.")]
-DropoutRate = Annotated[
-    float, typer.Option(min=0, max=0.99, help="Probability of dropping a unit in training.")
-]
-LinearClassifier = Annotated[
-    bool, typer.Option(help="Classify the latent space by one linear layer.")
-]
-EarlyStopping = Annotated[
-    bool, typer.Option(help="Stop when the ELBO of the held-out cells rises no more.")
-]
-Seed = Annotated[
-    int,
-    typer.Option(min=0, max=2**32 - 1, help="Seed of weights, split, shuffling and sampling."),
-]
-Report = Annotated[
-    Path | None,
-    typer.Option(help="Folder for pictures, made if new, at any depth; none if not given."),
-]
-DropEmptyCells = Annotated[
-    bool,
-    typer.Option("--drop-empty-cells", help="Leave out cells without counts; off by default."),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace OUT if it is there; off by default.")
-]
 CompressionChoice = Annotated[
     Compression, typer.Option(help="Of an .h5ad: keep takes that of IN; .zarr has its own.")
 ]
 
 
 @app.command()
+@grouped
 def annotate(
     context: typer.Context,
     source: Source,
     output: Output,
-    labels_key: LabelsKey,
-    unlabeled_category: UnlabeledCategory = "Unknown",
-    coarse_labels_key: CoarseLabelsKey = None,
-    batch_key: BatchKey = None,
-    layer: Layer = None,
-    use_raw: UseRaw = False,
-    n_top_genes: NTopGenes = None,
-    categorical_covariate_key: CategoricalCovariateKey = None,
-    continuous_covariate_key: ContinuousCovariateKey = None,
-    size_factor_key: SizeFactorKey = None,
-    max_epochs: MaxEpochs = None,
-    batch_size: BatchSize = 128,
-    n_hidden: NHidden = 128,
-    n_latent: NLatent = DEFAULTS["n_latent"],
-    dropout_rate: DropoutRate = DEFAULTS["dropout_rate"],
-    linear_classifier: LinearClassifier = DEFAULTS["linear_classifier"],
-    early_stopping: EarlyStopping = False,
-    seed: Seed = 0,
+    labels: Labels,
+    columns: Columns,
+    network: Network,
+    training: Training,
+    common: Common,
     report: Report = None,
-    drop_empty_cells: DropEmptyCells = False,
     compression: CompressionChoice = Compression.KEEP,
-    overwrite: Overwrite = False,
 ) -> None:
     """Label the cells of IN and write them to OUT.
 
@@ -167,41 +95,261 @@ def annotate(
     obsm["scanvi_probabilities"], obsm["X_scanvi"] and uns["pyro_scanvi"]; all genes are kept. The
     folder of OUT has to be there, so that a typing error is found before training.
     """
-    with _plain_errors(context):
-        source, output, report = user_path(source), user_path(output), report and user_path(report)
-        _check_outputs(output, report, source, overwrite)
-        adata, layout = _read_for(output, source, compression)
-        if drop_empty_cells:
-            adata = _without_empty_cells(adata, layer, use_raw)
-        SCANVI.setup_anndata(
+    with running(context, common) as run:
+        check_output(output, common.overwrite, source)
+        run.check_report(report, source, output)
+        adata = read_anndata(source)
+        layout = layout_of(output, source, compression)
+        check_storable(adata, output, layout)
+        adata = columns.kept(adata, run.say)
+        model = trained(adata, labels, columns, network, training, run.progress_bar)
+        model.annotate()
+        write_anndata(adata, output, layout)
+        run.say(f"annotated cells: {output}")
+        run.tell(model, report)
+
+
+@app.command()
+@grouped
+def train(
+    context: typer.Context,
+    source: Source,
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Folder to save the model in.", parser=user_path),
+    ],
+    labels: Labels,
+    columns: Columns,
+    network: Network,
+    training: Training,
+    common: Common,
+    report: Report = None,
+    save_cells: Annotated[
+        bool,
+        typer.Option("--save-cells", help="Save the cells with the model; off by default."),
+    ] = False,
+) -> None:
+    """Train a model on the cells of IN and save it: for query, evaluate and report."""
+    with running(context, common) as run:
+        check_apart(target, "model", source)
+        check_target(target, common.overwrite)
+        run.check_report(report, source, target)
+        adata = columns.kept(read_anndata(source), run.say)
+        model = trained(adata, labels, columns, network, training, run.progress_bar)
+        model.save(target, common.overwrite, save_cells)
+        run.say(f"model: {target}")
+        run.tell(model, report)
+
+
+@app.command()
+@grouped
+def query(
+    context: typer.Context,
+    reference: Model,
+    source: Source,
+    output: Output,
+    common: Common,
+    max_epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Passes over the new cells, to learn their batches; no training if not given.",
+        ),
+    ] = None,
+    batch_size: BatchSize = 128,
+    checkpoint_dir: CheckpointDir = None,
+    seed: Seed = 0,
+    fill_missing_genes: Annotated[
+        bool,
+        typer.Option(
+            "--fill-missing-genes", help="Take genes that IN lacks for zeros; off by default."
+        ),
+    ] = False,
+    save_model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder to save the model of the new cells in; none if not given.",
+            parser=user_path,
+        ),
+    ] = None,
+    report: Report = None,
+    compression: CompressionChoice = Compression.KEEP,
+) -> None:
+    """Label the new cells of IN by the MODEL of others, and write them to OUT.
+
+    OUT is as that of annotate. IN has the columns of obs that MODEL was trained with, but for the
+    labels; batches that MODEL has not seen become new ones. Training teaches the decoder these, and
+    labels stay as they are, unless the encoder of MODEL reads covariates.
+    """
+    with running(context, common) as run:
+        check_output(output, common.overwrite, source)
+        run.check_report(report, source, output, reference)
+        if save_model is not None:
+            check_apart(save_model, "model", source, output, reference)
+            check_target(save_model, common.overwrite)
+        adata = read_anndata(source)
+        layout = layout_of(output, source, compression)
+        check_storable(adata, output, layout)
+        cells = SCANVI.prepare_query_anndata(adata, reference) if fill_missing_genes else adata
+        model = SCANVI.load_query_data(cells, reference, seed=seed)
+        if max_epochs is not None:
+            model.train(
+                max_epochs,
+                batch_size=batch_size,
+                progress_bar=run.progress_bar,
+                **resumed(checkpoint_dir),
+            )
+        model.annotate()
+        if cells is not adata:
+            _copy_answers(cells, adata)
+        write_anndata(adata, output, layout)
+        run.say(f"annotated cells: {output}")
+        if save_model is not None:
+            model.save(save_model, common.overwrite)
+            run.say(f"model: {save_model}")
+        run.tell(model, report)
+
+
+@app.command()
+@grouped
+def evaluate(
+    context: typer.Context,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN",
+            help="Annotated cells, .h5ad or .zarr; with --model any cells with its genes.",
+            parser=user_path,
+        ),
+    ],
+    truth_key: Annotated[str, typer.Option(help="Column of obs with the true labels.")],
+    common: Common,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder of a model that labels the cells; what is written in IN if not given.",
+            parser=user_path,
+        ),
+    ] = None,
+    new_cells: Annotated[
+        bool,
+        typer.Option(
+            "--new-cells",
+            help="The model was not trained on these cells, so that all are scored and not only "
+            "those without a given label; off by default.",
+        ),
+    ] = False,
+) -> None:
+    """Score labels beside the truth: accuracy, macro-F1, calibration error, and each type.
+
+    Cells are scored if their true label is known and none was given to the model in its own column
+    of labels: what it was told it knows.
+    """
+    with running(context, common) as run:
+        adata = read_anndata(source)
+        fields, soft = _answers(adata, model)
+        judged = _judged(adata, fields, soft, truth_key, new_cells)
+        run.summary["figures"] = judged.record()
+        scores = pd.DataFrame(judged.scores(), ["all of them"])
+        run.console.print(_table("scores", scores.reset_index(names="cells that are scored")))
+        run.console.print(_table("by type", judged.by_type().reset_index()))
+
+
+@app.command()
+@grouped
+def report(
+    context: typer.Context,
+    model: Model,
+    page: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Page of HTML to write: .html.", parser=user_path),
+    ],
+    common: Common,
+    cells: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="The cells that MODEL was trained on; those saved with it if not given.",
+            parser=user_path,
+        ),
+    ] = None,
+) -> None:
+    """Write a page of HTML about MODEL and its cells."""
+    with running(context, common) as run:
+        run.check_report(page, model, *([] if cells is None else [cells]))
+        adata = None if cells is None else read_anndata(cells)
+        run.tell(SCANVI.load(model, adata), page)
+
+
+@app.command()
+@grouped
+def experiment(
+    context: typer.Context,
+    source: Source,
+    output: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="Table of all measurements to write: .csv.", parser=user_path
+        ),
+    ],
+    labels_key: Annotated[
+        str, typer.Option(help="Column of obs with the labels, most of which are hidden.")
+    ],
+    columns: Columns,
+    common: Common,
+    table: Annotated[
+        str, typer.Option(help=f"Settings to compare: {', '.join(TABLES)}.")
+    ] = "objectives",
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="Row of that table; repeat for more; all rows if not given."),
+    ] = None,
+    n_seeds: Annotated[
+        int, typer.Option(min=1, help="Runs of each row; five or more make an interval.")
+    ] = 5,
+    labels_per_type: Annotated[
+        int, typer.Option(min=1, help="Labels shown of each type, at most half of a type.")
+    ] = 10,
+    max_epochs: MaxEpochs = None,
+    n_hidden: NHidden = 128,
+) -> None:
+    """Compare settings over seeds on the cells of IN, of which all are labelled.
+
+    Each row of the table is trained with each seed; scores are of hidden labels and held-out cells.
+    """
+    with running(context, common) as run:
+        check_new(output, "output", common.overwrite, source)
+        check_known([table], TABLES, "a table of settings", InputError)
+        rows = TABLES[table]
+        check_known(row or [], rows, f"a row of {table}", InputError)
+        adata = columns.kept(read_anndata(source), run.say)
+        epochs = {} if max_epochs is None else {"max_epochs": max_epochs}
+        found = compare(
+            {name: rows[name] for name in row or rows},
             adata,
-            labels_key,
-            unlabeled_category,
-            layer,
-            batch_key,
-            size_factor_key,
-            categorical_covariate_key,
-            continuous_covariate_key,
-            use_raw,
-            n_top_genes,
-            coarse_labels_key=coarse_labels_key,
+            range(n_seeds),
+            truth=labels_key,
+            n_per_label=labels_per_type,
+            common=Settings({"n_hidden": n_hidden}, epochs),
+            setup=columns.setup(),
+            progress_bar=run.progress_bar,
         )
-        model = SCANVI(
-            adata,
-            seed=seed,
-            n_hidden=n_hidden,
-            n_latent=n_latent,
-            dropout_rate=dropout_rate,
-            linear_classifier=linear_classifier,
-        )
-        model.train(max_epochs, batch_size=batch_size, early_stopping=early_stopping)
-        _write_annotated(model, output, layout, report)
+        with disk_errors(output), replacing(output) as temporary:
+            found.to_csv(temporary, index=False)
+        run.say(f"measurements: {output}")
+        means = summary(found)
+        run.summary["figures"] = means.to_dict(orient="records")
+        run.console.print(_table("means over seeds and their 95 % intervals", means))
 
 
 @app.command()
 def demo(
     context: typer.Context,
-    folder: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo_output"),
+    folder: Annotated[
+        Path, typer.Option(metavar="PATH", help="Folder for the results.", parser=user_path)
+    ] = Path("demo_output"),
     labels_per_type: Annotated[
         int, typer.Option(min=1, help="Labels kept of each type, at most half of a type.")
     ] = 10,
@@ -209,8 +357,7 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """Annotate 700 real blood cells from a few labels, and score the result on the hidden ones."""
-    with _plain_errors(context):
-        folder = user_path(folder)
+    with running(context, Common()) as run:
         check_makeable(folder)
         adata = datasets.pbmc68k_counts()
         adata.obs["given"] = datasets.hide_labels(adata.obs["cell_type"], labels_per_type, seed)
@@ -218,93 +365,79 @@ def demo(
         model = SCANVI(adata, seed=seed)
         model.train(max_epochs)
         model.annotate()
-        _write_report(model, folder)
+        make_folder(folder)
+        run.tell(model, folder / "report.html")
         write_anndata(adata, folder / "annotated.h5ad")
-        _say(f"annotated cells: {folder / 'annotated.h5ad'}")
-        console.print(score_table(model))
+        run.say(f"annotated cells: {folder / 'annotated.h5ad'}")
+        run.console.print(score_table(model))
 
 
-def _read_for(
-    output: Path, source: Path, compression: Compression
-) -> tuple[ad.AnnData, Mapping[str, Any]]:
-    """The input, and how the output is laid out, which has been seen to hold it."""
-    adata = read_anndata(source)
-    layout = layout_of(output, source, compression)
-    check_storable(adata, output, layout)
-    return adata, layout
+def _copy_answers(cells: ad.AnnData, to: ad.AnnData) -> None:
+    """What annotate has written, into the cells with all of their genes."""
+    to.obs[list(WRITTEN)] = cells.obs[list(WRITTEN)]
+    for name in ("scanvi_probabilities", "X_scanvi"):
+        to.obsm[name] = cells.obsm[name]
+    to.uns[UNS_KEY] = cells.uns[UNS_KEY]
 
 
-def _write_annotated(
-    model: SCANVI, output: Path, layout: Mapping[str, Any], report: Path | None
-) -> None:
-    model.annotate()
-    write_anndata(model.adata, output, layout)
-    _say(f"annotated cells: {output}")
-    if report is not None:
-        _write_report(model, report)
-
-
-def _write_report(model: SCANVI, folder: Path) -> None:
-    for path in write_report(model, folder):
-        _say(f"picture: {path}")
-    if leak := leak_sentence(model):
-        _say(leak)
-
-
-def _check_outputs(output: Path, folder: Path | None, source: Path, overwrite: bool) -> None:
-    """Refuse an output or a folder for the report that cannot be written."""
-    check_output(output, overwrite, source)
-    if folder is None:
-        return
-    for path in (source, output):
-        if is_within(folder, path):
-            raise InputError(f"the report {folder} lies in {path}; name another folder")
-    check_makeable(folder)
-
-
-def _without_empty_cells(adata: ad.AnnData, layer: str | None, use_raw: bool) -> ad.AnnData:
-    check_names(adata)
-    empty = empty_cells(adata, layer, use_raw)
-    _say(f"cells without counts, left out: {empty.sum()}")
-    return adata[~empty].copy()
-
-
-def _say(message: str, to: Console = console, style: str = "") -> None:
-    # Names and paths may hold brackets, and a line is to stay a line.
-    to.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _plain_errors(context: typer.Context) -> Iterator[None]:
-    """Say what is wrong with the input in a sentence; what is our fault keeps its traceback."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
-            warnings.simplefilter("ignore", category)  # what libraries will change
-        warnings.showwarning = lambda message, *_: _say(
-            f"note: {_with_options(message, context)}", complaints, "yellow"
+def _answers(adata: ad.AnnData, model: Path | None) -> tuple[Fields, np.ndarray]:
+    """Columns and categories, and probabilities (N, L): of a model, or as annotate wrote them."""
+    if model is not None:
+        return _answers_of(model, adata)
+    if "scanvi_probabilities" not in adata.obsm:
+        raise InputError(
+            "the cells are not annotated: there is no obsm['scanvi_probabilities']; annotate them, "
+            "or name a model",
+            {"model": None},
         )
-        try:
-            yield
-        except InputError as error:
-            _say(f"error: {_with_options(error, context)}", complaints, "red")
-            sys.exit(2)
+    fields, soft = Fields.from_uns(adata), pd.DataFrame(adata.obsm["scanvi_probabilities"])
+    names = storable_names(names_of(fields.classes), taken=[str(adata.obs_names.name)])
+    if list(soft.columns) != names:
+        raise InputError(
+            f"obsm['scanvi_probabilities'] has the columns {listed(soft.columns)}, expected the "
+            f"labels that were set up, {listed(names)}; annotate the cells again"
+        )
+    return fields, soft.to_numpy()
 
 
-def _quoted(value: Any) -> str:
-    return shlex.quote(str(value))
+def _answers_of(model: Path, adata: ad.AnnData) -> tuple[Fields, np.ndarray]:
+    """As of a query without labels: batches and labels may be others than those of the model."""
+    obs, key = adata.obs, Saved.read(model).fields.labels_key
+    adata.obs = obs.drop(columns=key, errors="ignore")
+    query = SCANVI.load_query_data(adata, model)
+    soft = query.predict(soft=True).to_numpy()
+    adata.obs = obs
+    return query.fields, soft
 
 
-def _with_options(told: Warning | InputError | str, context: typer.Context) -> str:
-    """A message, and the options of this command for the arguments that it advises to change."""
-    advised = told.mend if isinstance(told, InputError | Advice) else {}
-    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    given = [
-        options[name] if value is None or value is True else f"{options[name]} {_quoted(value)}"
-        for name, value in advised.items()
-        if name in options
-    ]
-    return f"{told} (on the command line: {', '.join(given)})" if given else str(told)
+def _judged(
+    adata: ad.AnnData, fields: Fields, soft: np.ndarray, truth_key: str, new_cells: bool
+) -> Judged:
+    """The cells whose true label is known, and which the model was not told."""
+    check_keys(adata, [truth_key])
+    truth = np.array(names_of(adata.obs[truth_key]), dtype=object)
+    known = adata.obs[truth_key].notna().to_numpy() & (truth != fields.unlabeled_category)
+    hidden = given_labels(fields, adata.obs) == fields.unlabeled_category
+    scored = known & (hidden | new_cells)
+    if not scored.any():
+        raise InputError(
+            f"no cell can be scored: obs[{truth_key!r}] has {known.sum()} labels, all of cells "
+            f"whose label in obs[{fields.labels_key!r}] the model was given. If it was not trained "
+            "on these cells, say so with new_cells",
+            {"new_cells": True},
+        )
+    return Judged.of(names_of(fields.classes), truth[scored], soft[scored])
+
+
+def _table(title: str, frame: pd.DataFrame) -> Table:
+    """For the terminal; numbers in three digits after the point."""
+    table = Table(title=title, title_justify="left")
+    for column in frame:
+        is_text = frame[column].dtype == object
+        table.add_column(escape(str(column)), justify="left" if is_text else "right")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else escape(str(v)) for v in row))
+    return table
 
 
 if __name__ == "__main__":

@@ -1,112 +1,76 @@
-"""What is shown of an annotated model: pictures of it, and its scores beside the baselines."""
+"""A model as one page of HTML, without scripts and without anything from elsewhere."""
 
-import warnings
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-import anndata as ad
-import matplotlib.pyplot
-import numpy as np
-import pandas as pd
-from matplotlib.figure import Figure
-from rich.table import Table
+from jinja2 import Environment, StrictUndefined
 
-from pyro_scanvi.app import plotting
-from pyro_scanvi.app.baselines import baseline_probabilities
+from pyro_scanvi.app.parts import PARTS, Part
+from pyro_scanvi.app.plotting import drawn_alike
+from pyro_scanvi.app.seen import Seen
 from pyro_scanvi.estimator.scanvi import SCANVI
-from pyro_scanvi.metrics import label_scores, within_type_leak
-from pyro_scanvi.names import name_of
-from pyro_scanvi.storage.files import disk_errors, make_folder, replacing
+from pyro_scanvi.storage.files import check_new, disk_errors, replacing, user_path
+from pyro_scanvi.validation import InputError
 
-LONGEST_NAME = 40  # letters, in the legend of a picture
+SUFFIX = ".html"
 
 
-def write_report(model: SCANVI, folder: Path) -> list[Path]:
-    """UMAP of the latent space and loss curves of an annotated model, as PNG, into a folder.
+def write_report(model: SCANVI, path: str | Path) -> Path:
+    """Write what a trained model says of its cells as a page: one file, for any browser.
+
+    What was given; UMAP by label, confidence, novelty and batch; the leak of labels; confusion and
+    reliability on held-out labels; cells by type and batch; rejected cells; curves of training;
+    markers; settings and versions. What cannot be told of a model is a sentence that says why.
 
     Parameters
     ----------
     model
-        :meth:`~pyro_scanvi.SCANVI.annotate` has written into its AnnData.
-    folder
-        It is made if it is not there.
+        It and its AnnData stay as they are.
+    path
+        Ends in .html; a file that is there is replaced.
 
     Returns
     -------
-    list
-        The pictures.
+    Path
+        The page.
 
     Raises
     ------
     InputError
-        If the disk refuses them.
+        If the model is not trained, its cells have changed since, or the file cannot be written;
+        it is written whole or not at all.
     """
-    matplotlib.use("agg")
-    make_folder(folder)
-    labels_key, unlabeled = model.fields.labels_key, model.fields.unlabeled_category
-    columns = [labels_key, "scanvi_prediction", "scanvi_confidence"]
-    obs = model.fields.with_named_unlabeled(model.adata.obs[columns].copy())
-    drawn = {column: obs[column].astype(object).map(name_of) for column in columns[:2]}
-    short = _short_names({unlabeled, *pd.concat(drawn)})
-    for column, names in drawn.items():
-        obs[column] = names.map(short).astype("category")
-    picture = ad.AnnData(obs=obs, obsm={"X_scanvi": model.adata.obsm["X_scanvi"]})
-    plotting.compute_umap(picture, model.seed)
-    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        # A letter that the font lacks is a box, and a long name makes a picture smaller.
-        warnings.filterwarnings("ignore", message="Glyph|Tight layout", category=UserWarning)
-        figures = {
-            "umap.png": plotting.umap_figure(picture, columns, short[unlabeled]),
-            "losses.png": plotting.loss_figure(model.history),
-        }
-        return [_saved(figure, folder / name) for name, figure in figures.items()]
+    path = user_path(path)
+    check_report(path, overwrite=True)
+    return write_page(Seen.by(model), path)
 
 
-def _saved(figure: Figure, path: Path) -> Path:
+def write_page(seen: Seen, path: Path) -> Path:
+    """The same of answers that are there."""
+    with drawn_alike():
+        page = rendered([part(seen) for part in PARTS])
     with disk_errors(path), replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    matplotlib.pyplot.close(figure)
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def _short_names(names: set[str]) -> dict[str, str]:
-    """Each name with its middle left out, if it is long; as they are where some would be alike."""
-    half = LONGEST_NAME // 2
-    short = {n: n if len(n) <= LONGEST_NAME else f"{n[:half]}...{n[-half:]}" for n in names}
-    return short if len(set(short.values())) == len(names) else {n: n for n in names}
+def rendered(parts: list[Part]) -> str:
+    """The page; every name in it is text, whatever its letters."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.filters["told"] = _told
+    template = files("pyro_scanvi.app").joinpath("report.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(title="Labels by pyro_scanvi", parts=parts)
 
 
-def leak_sentence(model: SCANVI) -> str:
-    """Whether labelled cells lie among their kind, by the labels that cells were given or told.
-
-    Empty where no label has two labelled cells and an unlabelled one.
-    """
-    obs, fields = model.adata.obs, model.fields
-    given = fields.with_named_unlabeled(obs[[fields.labels_key]])[fields.labels_key].map(name_of)
-    labelled = (given != fields.unlabeled_category).to_numpy()
-    types = np.where(labelled, given, obs["scanvi_prediction"].map(name_of))
-    leak = within_type_leak(model.adata.obsm["X_scanvi"], types, labelled).mean()
-    if np.isnan(leak):
-        return ""
-    return (
-        f"leak of labels into the latent space: {leak:.2f} (about .5 where labelled cells lie "
-        "among their kind; 1 where they lie on islands, or are all of one batch that lies apart)"
-    )
+def check_report(path: Path, overwrite: bool, *others: Path) -> None:
+    """Refuse a page that cannot be written, or lies in one of the `others`; nothing is made."""
+    if path.suffix != SUFFIX:
+        message = f"the report {path} does not end in {SUFFIX}; name a file, such as report{SUFFIX}"
+        raise InputError(message, {"report": f"{path}{SUFFIX}"})
+    check_new(path, "report", overwrite, *others)
 
 
-def score_table(model: SCANVI) -> Table:
-    """Scores on the cells whose label was hidden, beside the baselines."""
-    obs = model.adata.obs
-    labelled = (obs[model.fields.labels_key] != model.fields.unlabeled_category).to_numpy()
-    truth = obs["cell_type"].astype(str).to_numpy()
-    codes = np.searchsorted(model.fields.classes, truth[~labelled])
-    soft = model.adata.obsm["scanvi_probabilities"].to_numpy()[~labelled]
-    methods = {"pyro_scanvi": soft} | baseline_probabilities(model.adata, truth, labelled)
-    table = Table(
-        title=f"{(~labelled).sum()} cells with hidden labels, {labelled.sum()} labelled cells"
-    )
-    for column in ("method", "accuracy", "macro-F1", "expected calibration error"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for name, probabilities in methods.items():
-        scores = label_scores(codes, probabilities)
-        table.add_row(name, *(f"{score:.3f}" for score in scores.values()))
-    return table
+def _told(value: Any) -> Any:
+    """A number in three digits, anything else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else value

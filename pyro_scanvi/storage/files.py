@@ -148,6 +148,25 @@ def exists(path: Path) -> bool:
     return True
 
 
+def check_new(path: Path, what: str, overwrite: bool, *others: Path) -> None:
+    """Refuse a file that cannot be written, is there and stays, or lies in one of the `others`."""
+    check_apart(path, what, *others)
+    there = exists(path)
+    if there and path.is_dir():
+        raise InputError(f"the {what} {path} is a folder; choose another name")
+    if there and not overwrite:
+        message = f"the {what} {path} exists; overwrite=True replaces it"
+        raise InputError(message, {"overwrite": True})
+    check_folder(path.parent)
+
+
+def check_apart(path: Path, what: str, *others: Path) -> None:
+    """Refuse a path that is one of the `others`, or lies below it."""
+    for other in others:
+        if is_within(path, other):
+            raise InputError(f"the {what} {path} lies in {other}; write it elsewhere")
+
+
 def is_within(path: Path, folder: Path) -> bool:
     """Whether `path` is `folder` or lies below it, by any links; neither need be there."""
     path, folder = path.resolve(), folder.resolve()

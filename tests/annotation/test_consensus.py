@@ -107,6 +107,23 @@ def test_through_arrays_to_the_bit(learned):
     assert likeness(again, counts) == likeness(learned, counts)
 
 
+def test_what_is_held_out_is_read_by_rules_that_did_not_see_it(learned):
+    """Labels at random are guessed by chance: a third, and five standard errors."""
+    counts, latent, label = cells()
+    guessed = fit_consensus(counts, latent, np.random.default_rng(3).permutation(label))
+    np.testing.assert_allclose(guessed.held_out.sum(1), 1)
+    assert (guessed.held_out.argmax(1) == guessed.label).mean() < 0.58
+    assert (learned.held_out.argmax(1) == learned.label).mean() > 0.8
+
+
+def test_arrays_of_before_know_of_held_out_cells_how_their_own_label_fared(learned):
+    arrays = to_arrays(learned)
+    arrays["score"] = 1 - arrays.pop("held_out")[np.arange(90), learned.label]
+    again = from_arrays(arrays)
+    np.testing.assert_allclose(again.score, learned.score, rtol=1e-12)
+    assert np.isnan(again.held_out).sum() == 90 * 2
+
+
 def test_of_too_many_cells_an_equal_share_of_each_label():
     label = np.repeat([-1, 0, 1, 2], [50, 1, 100, 300])
     chosen = labelled_cells(label, most=100)

@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
-from matplotlib.figure import Figure
 from scipy.sparse import csc_matrix, csr_matrix
 from typer.testing import Result
 
 from pyro_scanvi import SCANVI
 from pyro_scanvi.app import plotting
 from tests.app.test_cli import assert_refused, contents, no_training, run  # noqa: F401
+from tests.app.test_report import first_two
 from tests.examples import file_limit, simulated
 
 pytestmark = pytest.mark.slow  # each is a run of the command line
@@ -190,25 +190,16 @@ def test_compression_is_kept():
 # ---- folders and paths --------------------------------------------------------------------------
 
 
-def first_two(adata, seed):
-    """In place of a UMAP, which takes longer to compile than all tests of a file to run."""
-    adata.obsm["X_umap"] = adata.obsm["X_scanvi"][:, :2]
-
-
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_home(cells, folder, monkeypatch, suffix):
     """A shell fills in no ~ after an equals sign or in quotes."""
     Path("home/sub").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(folder / "home"))
-    monkeypatch.setattr(plotting, "compute_umap", first_two)
+    monkeypatch.setattr(plotting, "umap_of", first_two)
     shutil.move(f"in.{suffix}", "home")
-    result = annotate(f"~/in.{suffix}", f"~/sub/out.{suffix}", "--report=~/reports/1")
+    result = annotate(f"~/in.{suffix}", f"~/sub/out.{suffix}", "--report=~/report.html")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert sorted(path.name for path in Path("home/reports/1").iterdir()) == [
-        "losses.png",
-        "umap.png",
-    ]
-    assert Path(f"home/sub/out.{suffix}").exists()
+    assert Path("home/report.html").exists() and Path(f"home/sub/out.{suffix}").exists()
     assert not Path("~").exists()
 
 
@@ -232,9 +223,9 @@ REFUSED = {  # IN, OUT, further options, message
     "another suffix": ("in.h5ad", "out.h5", [], "ends in '.h5', expected .h5ad or .zarr"),
     "no store": ("in.h5ad", "other.zarr", ["--overwrite"], "a folder without an AnnData"),
     "no folder": ("in.h5ad", "a b/out.zarr", [], "no folder a b; make it first: mkdir -p 'a b'"),
-    "report in the input": ("in.zarr", "out.zarr", ["--report", "in.zarr"], "lies in in.zarr"),
-    "report in OUT": ("in.h5ad", "out.zarr", ["--report=out.zarr/pictures"], "lies in out.zarr"),
-    "report is OUT": ("in.h5ad", "out.h5ad", ["--report", "out.h5ad"], "lies in out.h5ad"),
+    "report in the input": ("in.zarr", "out.zarr", ["--report=in.zarr/a.html"], "lies in in.zarr"),
+    "report in OUT": ("in.h5ad", "out.zarr", ["--report=out.zarr/a.html"], "lies in out.zarr"),
+    "report is a folder": ("in.h5ad", "out.zarr", ["--report", "other.html"], "is a folder"),
     "zarr, gzip": (
         "in.h5ad",
         "out.zarr",
@@ -254,9 +245,10 @@ REFUSED = {  # IN, OUT, further options, message
 @pytest.mark.parametrize(("source", "output", "options", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused(cells, folder, no_training, source, output, options, message):  # noqa: F811
     Path("other.zarr").mkdir()
+    Path("other.html").mkdir()
     before = sorted(folder.rglob("*"))
     result = annotate(source, output, *options)
-    assert_refused(folder, result, message, left=["in.h5ad", "in.zarr", "other.zarr"])
+    assert_refused(folder, result, message, left=["in.h5ad", "in.zarr", "other.html", "other.zarr"])
     assert sorted(folder.rglob("*")) == before
 
 
@@ -293,19 +285,18 @@ def test_a_full_disk(cells, folder, monkeypatch, suffix):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_no_place_for_pictures(cells, folder, monkeypatch):
+def test_no_place_for_the_report(cells, folder, monkeypatch):
     """The cells are written by then."""
 
-    def fail(figure, path, **kwargs):
+    def fail(path, *args, **kwargs):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", fail)
-    monkeypatch.setattr(plotting, "compute_umap", first_two)
-    result = annotate("in.h5ad", "out.h5ad", "--report", "report")
-    left = ["in.h5ad", "in.zarr", "out.h5ad", "report"]
-    assert_refused(folder, result, "umap.png cannot be written: No space left on device", left)
-    assert list(Path("report").iterdir()) == []
+    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(plotting, "umap_of", first_two)
+    result = annotate("in.h5ad", "out.h5ad", "--report", "report.html")
+    left = ["in.h5ad", "in.zarr", "out.h5ad"]
+    assert_refused(folder, result, "report.html cannot be written: No space left on device", left)
 
 
 # ---- where counts and labels are ----------------------------------------------------------------
@@ -391,49 +382,3 @@ def test_coarser_labels(cellxgene):
     found = annotated("in.zarr", "out.zarr", "--coarse-labels-key", "broad")
     sources = found.uns["pyro_scanvi"]["setup"]["sources"]
     assert sources["coarse_key"] == "broad" and list(sources["coarse_names"]) == ["all of them"]
-
-
-# ---- pictures -----------------------------------------------------------------------------------
-
-LONG = "CD4-positive, CD25-positive, CCR4-positive, alpha-beta {} T cell"
-DRAWN = {  # labels, further options, categories that are drawn
-    "strings": (["B", "Unknown", "T"], [], ["B", "T", "Unknown"]),
-    "missing": (["B", None, "T"], [], ["B", "T", "Unknown"]),
-    "whole numbers": ([2, -1, 1], ["--unlabeled-category", "-1"], ["-1", "1", "2"]),
-    "numbers, missing": ([2, None, 1], [], ["1", "2", "Unknown"]),
-    "mathematics": (["$\\frac{", "Unknown", "日本"], [], ["$\\frac{", "Unknown", "日本"]),
-    "long": (
-        [LONG.format("regulatory"), "Unknown", "T"],
-        [],
-        ["CD4-positive, CD25-p...ta regulatory T cell", "T", "Unknown"],
-    ),
-    "long and alike": (
-        ["x" * 30 + "1" + "y" * 30, "Unknown", "x" * 30 + "2" + "y" * 30],
-        [],
-        ["Unknown", "x" * 30 + "1" + "y" * 30, "x" * 30 + "2" + "y" * 30],
-    ),
-}
-
-
-@pytest.mark.parametrize(("labels", "options", "expected"), DRAWN.values(), ids=DRAWN)
-def test_pictures_of_any_labels(monkeypatch, labels, options, expected):
-    """Given labels and predictions are both categories, so that a type has one colour."""
-    seen = {}
-
-    draw = plotting.umap_figure
-
-    def note(adata, columns, unlabeled):
-        assert unlabeled in adata.obs["cell_type"].cat.categories
-        seen.update({column: list(adata.obs[column].cat.categories) for column in columns[:2]})
-        return draw(adata, columns, unlabeled)
-
-    monkeypatch.setattr(plotting, "umap_figure", note)
-    monkeypatch.setattr(plotting, "compute_umap", first_two)
-    adata = simulated(N, G)
-    column = pd.Series(labels).convert_dtypes().take(np.arange(N) % 3)
-    adata.obs["cell_type"] = column.set_axis(adata.obs_names)
-    write(adata, "in.h5ad")
-    result = annotate("in.h5ad", "out.h5ad", "--report", "a/b", *options)
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert seen["cell_type"] == expected
-    assert set(seen["scanvi_prediction"]) <= set(expected)

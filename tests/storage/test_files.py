@@ -15,6 +15,7 @@ from pyro_scanvi.storage.files import (
     Unfailing,
     check_folder,
     check_makeable,
+    check_new,
     disk_errors,
     exists,
     is_within,
@@ -252,3 +253,22 @@ def test_make_folder(tmp_path):
 def test_the_way_to_make_a_folder_is_told(tmp_path):
     with pytest.raises(InputError, match=r"make it first: mkdir -p '.*/my runs/1'$"):
         check_folder(tmp_path / "my runs" / "1")
+
+
+NEW = {  # a file in a folder with "old" and "folder/", whether to overwrite, and what is said of it
+    "there": ("old", False, "the page .*old exists; overwrite=True replaces it"),
+    "a folder": ("folder", True, "the page .*folder is a folder"),
+    "in no folder": ("none/a", True, "there is no folder .*none; make it first"),
+}
+
+
+@pytest.mark.parametrize(("name", "overwrite", "message"), NEW.values(), ids=NEW)
+def test_a_file_that_cannot_be_new(tmp_path, name, overwrite, message):
+    (tmp_path / "old").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=message):
+        check_new(tmp_path / name, "page", overwrite)
+    check_new(tmp_path / "new", "page", overwrite)
+    check_new(tmp_path / "old", "page", overwrite=True)
+    with pytest.raises(InputError, match="the page .*a lies in .*folder; write it elsewhere"):
+        check_new(tmp_path / "folder" / "a", "page", True, tmp_path / "old", tmp_path / "folder")
