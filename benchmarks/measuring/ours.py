@@ -77,7 +77,7 @@ def by_hand(model: SCANVI, minibatch: int) -> Callable[[int], None]:
 
 
 def loss_by_hand(vae: pyro_scanvi.SCANVAE, cells: Cells) -> Tensor:
-    """Nats per cell: -log p(x|z) + log q(z|x) - E log p(z|u,y) + KL_u + KL_y, and classification."""
+    """-log p(x|z) + log q(z|x) - E log p(z|u,y) + KL_u + KL_y, and classification; per cell."""
     q_z = Normal(*vae.z_encoder(cells.x.log1p()))
     z = q_z.rsample()
     labels = torch.eye(vae.n_labels).unsqueeze(1)
@@ -127,6 +127,7 @@ WAYS: dict[str, Callable[..., Callable[[int], None]]] = {
 }
 PREDICTIONS: dict[str, Callable[[SCANVI], Any]] = {
     "": lambda model: model.predict(soft=True, method="classifier"),
+    "rules": lambda model: model.predict(soft=True, method="consensus"),
 }
 
 

@@ -1,15 +1,19 @@
 """Programs that are timed in turns, each run a process of its own; what they say, and a table."""
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from measuring.cells import write_cells
 
 HERE = Path(__file__).parent
 
@@ -35,6 +39,38 @@ class Program:
         if ended.returncode:
             sys.exit(f"{self.name} failed:\n{ended.stderr[-3000:]}")
         return json.loads(ended.stdout.splitlines()[-1])
+
+
+def add_sizes(parser: argparse.ArgumentParser, sizes: Mapping[str, int]) -> None:
+    """The options of a script that times us beside others."""
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--nonzero", type=float, default=0.13, help="share of counts above 0")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--peer", help="interpreter with scvi-tools")
+    parser.add_argument("--json", type=Path, help="all runs, with versions and machine")
+
+
+def measured(
+    asked: argparse.Namespace,
+    task: str,
+    sizes: Iterable[str],
+    own: Mapping[str, str],
+    others: Mapping[str, str],
+    unit: str,
+) -> None:
+    """Time a task, and print a table for each number of threads; ours is the first of `own`."""
+    settings = {name: getattr(asked, name) for name in (*sizes, "nonzero")}
+    rivals, records = programs(asked.peer, own, others), []
+    with tempfile.TemporaryDirectory() as folder:
+        cells = Path(folder) / "cells.h5ad"
+        write_cells(cells, asked.cells, asked.genes, asked.labels, asked.nonzero)
+        for threads in asked.threads:
+            here = in_turns(rivals, task, cells, settings | {"threads": threads}, asked.runs)
+            print(f"\n{threads} threads, {settings}\n\n{table(here, next(iter(own)), unit)}")
+            records += here
+    write_json(asked.json, records)
 
 
 def programs(peer: str | None, own: Mapping[str, str], others: Mapping[str, str]) -> list[Program]:

@@ -90,8 +90,6 @@ class Cells:
         each; a row of NaN where the cell was not measured. InputError for a name that is not there.
     position
         Position of each cell in the AnnData, (N,): ``adata[cells.position]``; `index` unless given.
-    certain
-        Whether the labels of all cells are known for sure; None is to be looked up.
     """
 
     x: Tensor
@@ -109,7 +107,6 @@ class Cells:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Named = field(default_factory=Named)  # any mapping is taken
     position: Tensor = None  # type: ignore[assignment]  # filled in
-    certain: bool | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.extra, Named):

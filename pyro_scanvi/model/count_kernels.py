@@ -1,7 +1,7 @@
 r"""Log probabilities of counts and their gradients in one pass, compiled by numba for the CPU.
 
-The formulas are those of :mod:`pyro_scanvi.model.distributions`, which says why they are written so,
-in float32. Each of its some hundred operations reads and writes all counts of a minibatch; here
+The formulas are those of :mod:`pyro_scanvi.model.distributions`, which says why they are written
+so, in float32. Each of its some hundred operations reads and writes all counts of a minibatch; here
 they stay in registers. A row is gone through twice: as if all of its counts were zero, which most
 are, and then its other counts, gathered so that they fill registers too.
 

@@ -428,9 +428,7 @@ class SCANVAE(PiecewiseInterface):
         A point where the label is known exactly, q(y | z) where nothing is.
         """
         evidence = self.evidence(cells)
-        certain = cells.certain
-        if certain is None:
-            certain = bool(((evidence > LOG_IMPOSSIBLE / 2).sum(-1) == 1).all())
+        certain = ((evidence > LOG_IMPOSSIBLE / 2).sum(-1) == 1).all()
         kind = CertainLabel if certain else LabelCategorical
         return kind(logits=self.q_y(z, cells).logits + evidence)
 
