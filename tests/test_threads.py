@@ -9,7 +9,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
-from pyro_scanvi.app.plotting import compute_umap
+from pyro_scanvi.app.plotting import umap_of
 from pyro_scanvi.posterior.draws import evaluating
 from pyro_scanvi.threads import as_told, told
 from tests.examples import simulated, small_model, small_vae
@@ -109,9 +109,7 @@ def test_what_the_user_tells_later_is_obeyed():
 def test_questions_and_pictures(raised):
     with evaluating(small_vae()):
         assert torch.get_num_threads() == 1
-    adata = simulated(12)
-    adata.obsm["X_scanvi"] = adata.X
-    compute_umap(adata)
+    umap_of(simulated(12).X)
 
 
 def test_training_and_its_errors(raised):

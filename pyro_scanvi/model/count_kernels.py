@@ -24,6 +24,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy import float32, int32
 from torch import Tensor
+from torch.nn import Parameter
 
 # Numbers without a type are float64 to numba, and would halve what fits into a register.
 ZERO, HALF, ONE, TWO, STEPS = (float32(c) for c in (0, 0.5, 1, 2, 3))
@@ -59,7 +60,7 @@ OF_ZEROS = tuple(float32(-1 / c) for c in (4, 3, 2))
 WORTH_A_THREAD = 1 << 15  # counts, as of torch's own operations
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable) -> Any:
     """The function as machine code, kept in a cache folder where there is a place for one."""
     # Products may be fused with sums; no other freedom, or NaN and small differences would be lost.
     how: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "nogil": True}
@@ -69,10 +70,13 @@ def compiled(function: Callable) -> Callable:
         return numba.njit(function, **how)
 
 
-inlined = partial(numba.njit, forceinline=True, error_model="numpy", fastmath={"contract"})
+inlined: Callable[[Callable], Any] = partial(
+    numba.njit, forceinline=True, error_model="numpy", fastmath={"contract"}
+)
+reinterpreted: Callable[[Callable], Any] = intrinsic
 
 
-@intrinsic
+@reinterpreted
 def _bits(typing_context, x):
     """A float32 as the int32 of the same bits."""
     return types.int32(types.float32), lambda context, builder, signature, values: builder.bitcast(
@@ -80,7 +84,7 @@ def _bits(typing_context, x):
     )
 
 
-@intrinsic
+@reinterpreted
 def _of_bits(typing_context, bits):
     """An int32 as the float32 of the same bits."""
     return types.float32(types.int32), lambda context, builder, signature, values: builder.bitcast(
@@ -291,8 +295,11 @@ def zero_inflated(x: Tensor, mean: Tensor, theta: Tensor, gate_logits: Tensor) -
 
 
 def serve(*arguments: Tensor) -> bool:
-    """Whether these can be computed here: in float32, in the memory of the CPU."""
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in arguments)
+    """Whether these can be computed here: plain tensors, float32, in the memory of the CPU."""
+    return all(
+        type(t) in (Tensor, Parameter) and t.dtype == torch.float32 and t.is_cpu and t.numel()
+        for t in arguments
+    )
 
 
 def _filled(kernel: Callable, *arguments: Tensor) -> list[Tensor]:

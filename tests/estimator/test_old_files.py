@@ -11,8 +11,8 @@ from tests.saved import make
 
 FOLDER = Path(make.__file__).parent
 ROUNDING = 1e-4  # of other processors; a step of training moves the answers by more
-# Dropout draws by MKL where it is there; other draws move the ELBO by a few tenths of a nat.
-ROUNDING_OF_A_RUN = 1e-3 if torch.backends.mkl.is_available() else 0.02
+# Dropout draws other units than it did then, which moves the ELBO by a few tenths of a nat.
+ROUNDING_OF_A_RUN = 0.02
 
 
 @pytest.fixture(autouse=True)
