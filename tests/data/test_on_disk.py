@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from uuid import uuid4
 
 import anndata as ad
 import h5py
@@ -32,8 +33,9 @@ from tests.examples import mostly_slow, simulated
 
 def backed(adata: ad.AnnData, folder, mode: str = "r") -> ad.AnnData:
     """The same AnnData, X in an .h5ad file."""
-    adata.write_h5ad(folder / "cells.h5ad")
-    return ad.read_h5ad(folder / "cells.h5ad", backed=mode)
+    path = folder / f"{uuid4()}.h5ad"  # one of before may still be open
+    adata.write_h5ad(path)
+    return ad.read_h5ad(path, backed=mode)
 
 
 def in_zarr(adata: ad.AnnData, folder) -> ad.AnnData:
