@@ -28,7 +28,7 @@ exclude_patterns = ["jupyter_execute"]
 nitpicky = True
 # No link to other packages, whose inventories would be downloaded, nor to what is private.
 OTHERS = (
-    "torch|pyro|numpy|np|pandas|pd|anndata|ad|lightning|scipy|sklearn|scanpy|matplotlib|xarray|zuko"
+    "torch|pyro|numpy|np|pandas|pd|anndata|ad|lightning|scipy|sklearn|scanpy|matplotlib|xarray|zuko|h5py|zarr"
     "|collections|contextlib|typing|pathlib|os|abc|csr_matrix"
 )
 nitpick_ignore_regex = [
