@@ -187,8 +187,7 @@ def _log_minus(ratio, t):
 def _at_zero(mean, theta):
     """log NB(0) and its slopes by mean and theta."""
     u, rest = mean / theta, theta / (theta + mean)
-    w, share = ONE + u, u * rest
-    logarithm = _log(w) + (u - (w - ONE)) * rest if w < INFINITE else w  # log(1 + u)
+    logarithm, share = _log1p(u), u * rest
     s = min(share, NEAR_ZERO)
     c0, c1, c2 = OF_ZEROS
     series = ((c0 * s + c1) * s + c2) * s * s
@@ -210,16 +209,20 @@ def _at_count(x, mean, theta):
 
 
 @inlined
-def _zero_inflated_at_zero(base, h):
-    """log p(0) from log NB(0) and the logits h of the gate; its slopes by the two."""
+def _gated(is_count, base, gate):
+    """log p(x) from log NB(x) and the logits of the gate, and its slopes by the two."""
+    h = _finite(gate)
     of_base, of_gate = _exp(-abs(h - base)), _exp(-abs(h))
     by_base, by_gate = ONE / (ONE + of_base), ONE / (ONE + of_gate)
-    t = (of_base - of_gate) * by_gate  # between -1/2 and 1
-    w = ONE + t
-    value = max(base, min(h, ZERO)) + (_log(w) + (t - (w - ONE)))
+    shut = by_gate if h > ZERO else of_gate * by_gate
+    logarithm = _log1p(of_gate if is_count else (of_base - of_gate) * by_gate)
+    at_count = base - max(gate, ZERO) - logarithm
+    at_zero = max(base, min(h, ZERO)) + logarithm
     structural = by_base if h > base else of_base * by_base
     kept = of_base * by_base if h > base else by_base
-    return value, kept, structural - (by_gate if h > ZERO else of_gate * by_gate)
+    if is_count:
+        return at_count, ONE, -shut
+    return at_zero, kept, structural - shut
 
 
 @inlined
@@ -257,31 +260,15 @@ def _negative_binomial(start, stop, x, mean, theta, value, by_mean, by_theta):
 
 @compiled
 def _zero_inflated(start, stop, x, mean, theta, gate, value, by_mean, by_theta, by_gate):
-    """The same with a gate."""
-    n_genes = x.shape[1]
-    columns = np.empty(n_genes, np.int64)
-    at, told = np.empty((4, n_genes), np.float32), np.empty((4, n_genes), np.float32)
+    """The same behind a gate, row by row, while the row is at hand."""
     for i in range(start, stop):
-        ix, im, it, ih = i % x.shape[0], i % mean.shape[0], i % theta.shape[0], i % gate.shape[0]
-        for g in range(n_genes):
-            base, d_mean, d_theta = _at_zero(mean[im, g], _finite(theta[it, g]))
-            h = _finite(gate[ih, g])
-            value[i, g], kept, by_gate[i, g] = _zero_inflated_at_zero(base, h)
-            by_mean[i, g], by_theta[i, g] = kept * d_mean, kept * d_theta
-        n = _positive(x, ix, columns)
-        for j in range(n):
-            g = columns[j]
-            at[0, j], at[1, j], at[2, j] = x[ix, g], mean[im, g], _finite(theta[it, g])
-            at[3, j] = gate[ih, g]
-        for j in range(n):
-            base, told[1, j], told[2, j] = _at_count(at[0, j], at[1, j], at[2, j])
-            of_gate = _exp(-abs(at[3, j]))
-            told[0, j] = base - max(at[3, j], ZERO) - _log1p(of_gate)
-            told[3, j] = -(ONE if at[3, j] > ZERO else of_gate) / (ONE + of_gate)
-        for j in range(n):
-            g = columns[j]
-            value[i, g], by_mean[i, g], by_theta[i, g] = told[0, j], told[1, j], told[2, j]
-            by_gate[i, g] = told[3, j]
+        _negative_binomial(i, i + 1, x, mean, theta, value, by_mean, by_theta)
+        ix, ih = i % x.shape[0], i % gate.shape[0]
+        for g in range(x.shape[1]):
+            is_count = x[ix, g] > ZERO
+            value[i, g], kept, by_gate[i, g] = _gated(is_count, value[i, g], gate[ih, g])
+            by_mean[i, g] *= kept
+            by_theta[i, g] *= kept
 
 
 def negative_binomial(x: Tensor, mean: Tensor, theta: Tensor) -> list[Tensor]:
@@ -307,7 +294,7 @@ def _filled(kernel: Callable, *arguments: Tensor) -> list[Tensor]:
     shape = arguments[0].shape
     rows = [_rows(t.detach()) for t in arguments]
     n_rows = shape[:-1].numel()
-    filled = [torch.empty(shape) for _ in arguments]
+    filled = [torch.empty(shape, dtype=torch.float32) for _ in arguments]
     results = [t.reshape(n_rows, -1).numpy() for t in filled]
     n_threads = min(torch.get_num_threads(), -(-shape.numel() // WORTH_A_THREAD), n_rows)
     if n_threads == 1:

@@ -103,6 +103,21 @@ def test_a_parameter_without_a_gradient(family):
     assert mean.grad.isfinite().all()
 
 
+@each_family
+def test_the_type_of_the_results_is_that_of_the_arguments(family):
+    """Whatever type torch gives to new tensors."""
+    kernel, _ = BOTH[family]
+    given = arguments(family)
+    expected = kernel(*given)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = kernel(*given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
+
+
 def test_kernels_serve_float32_on_the_cpu():
     x = torch.ones(3)
     assert count_kernels.serve(x, x)
