@@ -6,9 +6,22 @@ from scipy.stats import rankdata
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.neighbors import NearestNeighbors
 
+N_BINS = 15
+
+
+def confidence_bins(confidence: np.ndarray, n_bins: int = N_BINS) -> np.ndarray:
+    """Which of so many bins of equal width on [0, 1] each is in, from 0; ends belong below, (N,).
+
+    Examples
+    --------
+    >>> confidence_bins(np.array([0.0, 0.5, 0.51, 1.0]), n_bins=2)
+    array([0, 0, 1, 1])
+    """
+    return np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
+
 
 def expected_calibration_error(
-    correct: np.ndarray, confidence: np.ndarray, n_bins: int = 15
+    correct: np.ndarray, confidence: np.ndarray, n_bins: int = N_BINS
 ) -> float:
     r"""Mean gap of confidence and accuracy over bins of equal width, weighted by their cells.
 
@@ -32,7 +45,7 @@ def expected_calibration_error(
     >>> expected_calibration_error(np.array([1.0, 0.0]), np.array([1.0, 1.0]))
     0.5
     """
-    bins = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
+    bins = confidence_bins(confidence, n_bins)
     gaps = np.bincount(bins, weights=correct - confidence, minlength=n_bins)
     return float(np.abs(gaps).sum() / len(correct))
 

@@ -9,9 +9,7 @@ import pandas as pd
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from pyro_scanvi.metrics import label_scores
-
-N_BINS = 15  # those of the expected calibration error
+from pyro_scanvi.metrics import confidence_bins, label_scores
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Judged:
 
 
 def reliability(correct: np.ndarray, confidence: np.ndarray) -> pd.DataFrame:
-    """Are answers as often right as they say? By bins of confidence.
+    """Are answers as often right as they say? By the bins of the expected calibration error.
 
     Parameters
     ----------
@@ -102,7 +100,7 @@ def reliability(correct: np.ndarray, confidence: np.ndarray) -> pd.DataFrame:
        cells  right
     0      2    0.5
     """
-    bins = np.clip(np.ceil(confidence * N_BINS).astype(int) - 1, 0, N_BINS - 1)
+    bins = confidence_bins(confidence)
     rows = []
     for code in np.unique(bins):
         chosen = bins == code
