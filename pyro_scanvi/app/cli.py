@@ -28,6 +28,8 @@ from pyro_scanvi.app.options import (
     Source,
     Training,
     grouped,
+    path_argument,
+    path_option,
     resumed,
     trained,
 )
@@ -49,7 +51,6 @@ from pyro_scanvi.storage.files import (
     disk_errors,
     make_folder,
     replacing,
-    user_path,
 )
 from pyro_scanvi.storage.models import check_target
 from pyro_scanvi.storage.storable import storable_names
@@ -114,10 +115,7 @@ def annotate(
 def train(
     context: typer.Context,
     source: Source,
-    target: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL", help="Folder to save the model in.", parser=user_path),
-    ],
+    target: Annotated[Path, path_argument("MODEL", "Folder to save the model in.")],
     labels: Labels,
     columns: Columns,
     network: Network,
@@ -166,12 +164,7 @@ def query(
         ),
     ] = False,
     save_model: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Folder to save the model of the new cells in; none if not given.",
-            parser=user_path,
-        ),
+        Path | None, path_option("Folder to save the model of the new cells in; none if not given.")
     ] = None,
     report: Report = None,
     compression: CompressionChoice = Compression.KEEP,
@@ -217,21 +210,15 @@ def evaluate(
     context: typer.Context,
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="IN",
-            help="Annotated cells, .h5ad or .zarr; with --model any cells with its genes.",
-            parser=user_path,
+        path_argument(
+            "IN", "Annotated cells, .h5ad or .zarr; with --model any cells with its genes."
         ),
     ],
     truth_key: Annotated[str, typer.Option(help="Column of obs with the true labels.")],
     common: Common,
     model: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Folder of a model that labels the cells; what is written in IN if not given.",
-            parser=user_path,
-        ),
+        path_option("Folder of a model that labels the cells; what is written in IN if not given."),
     ] = None,
     new_cells: Annotated[
         bool,
@@ -262,18 +249,11 @@ def evaluate(
 def report(
     context: typer.Context,
     model: Model,
-    page: Annotated[
-        Path,
-        typer.Argument(metavar="OUT", help="Page of HTML to write: .html.", parser=user_path),
-    ],
+    page: Annotated[Path, path_argument("OUT", "Page of HTML to write: .html.")],
     common: Common,
     cells: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="The cells that MODEL was trained on; those saved with it if not given.",
-            parser=user_path,
-        ),
+        path_option("The cells that MODEL was trained on; those saved with it if not given."),
     ] = None,
 ) -> None:
     """Write a page of HTML about MODEL and its cells."""
@@ -288,12 +268,7 @@ def report(
 def experiment(
     context: typer.Context,
     source: Source,
-    output: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT", help="Table of all measurements to write: .csv.", parser=user_path
-        ),
-    ],
+    output: Annotated[Path, path_argument("OUT", "Table of all measurements to write: .csv.")],
     labels_key: Annotated[
         str, typer.Option(help="Column of obs with the labels, most of which are hidden.")
     ],
@@ -347,9 +322,7 @@ def experiment(
 @app.command()
 def demo(
     context: typer.Context,
-    folder: Annotated[
-        Path, typer.Option(metavar="PATH", help="Folder for the results.", parser=user_path)
-    ] = Path("demo_output"),
+    folder: Annotated[Path, path_option("Folder for the results.")] = Path("demo_output"),
     labels_per_type: Annotated[
         int, typer.Option(min=1, help="Labels kept of each type, at most half of a type.")
     ] = 10,

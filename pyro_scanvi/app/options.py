@@ -20,19 +20,23 @@ from pyro_scanvi.storage.files import user_path
 T = TypeVar("T")
 
 
-def _path(metavar: str, text: str) -> Any:
+def path_argument(metavar: str, text: str) -> Any:
+    """A path that a command is given by its place."""
     return typer.Argument(metavar=metavar, help=text, parser=user_path)
 
 
-def _file(text: str, *names: str) -> Any:
-    return typer.Option(*names, metavar="PATH", help=text, parser=user_path)
+def path_option(text: str) -> Any:
+    """A path that a command is given by an option."""
+    return typer.Option(metavar="PATH", help=text, parser=user_path)
 
 
-Source = Annotated[Path, _path("IN", "Cells by genes, raw counts: .h5ad or .zarr.")]
-Output = Annotated[Path, _path("OUT", "Where to write the result: .h5ad or .zarr.")]
-Model = Annotated[Path, _path("MODEL", "Folder of a model, as train and SCANVI.save write it.")]
+Source = Annotated[Path, path_argument("IN", "Cells by genes, raw counts: .h5ad or .zarr.")]
+Output = Annotated[Path, path_argument("OUT", "Where to write the result: .h5ad or .zarr.")]
+Model = Annotated[
+    Path, path_argument("MODEL", "Folder of a model, as train and SCANVI.save write it.")
+]
 Report = Annotated[
-    Path | None, _file("Page of HTML about the result, one .html file; none if not given.")
+    Path | None, path_option("Page of HTML about the result, one .html file; none if not given.")
 ]
 Seed = Annotated[
     int,
@@ -50,7 +54,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Cells in a minibatch.")]
 NHidden = Annotated[int, typer.Option(min=1, help="Units in a hidden layer.")]
 CheckpointDir = Annotated[
     Path | None,
-    _file(
+    path_option(
         "Folder of checkpoints, from which the same command goes on if it was stopped; none if not "
         "given."
     ),
@@ -85,7 +89,7 @@ class Common:
     ] = False
     json: Annotated[
         Path | None,
-        _file(
+        path_option(
             "Summary in JSON: figures, settings, versions, seconds; - for stdout; none if not "
             "given."
         ),
