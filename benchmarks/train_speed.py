@@ -8,16 +8,18 @@ environment with ``pip install torch==2.13.0 scvi-tools==1.4.2``. All train on a
 them labelled; an epoch comes before, and what a call of ``train`` costs beside its epochs is in.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from measuring.turns import add_sizes, measured
+from measuring.turns import measure
 
-OURS = "pyro_scanvi"
-OWN = {OURS: "", "pyro_scanvi, objective=ELBO()": "elbo", "the same loss by hand": "by hand"}
+OWN = {
+    "pyro_scanvi": "",
+    "pyro_scanvi, objective=ELBO()": "elbo",
+    "the same loss by hand": "by hand",
+}
 OTHERS = {"scvi-tools": "", "scvi-tools, fused Adam": "fused"}
 SIZES = {
     "cells": 10_000,
@@ -29,14 +31,5 @@ SIZES = {
 }
 
 
-def main() -> None:
-    """Measure, and print a table for each number of threads."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_sizes(parser, SIZES)
-    measured(parser.parse_args(), "train", SIZES, OWN, OTHERS, "seconds an epoch")
-
-
 if __name__ == "__main__":
-    main()
+    measure(__doc__, "train", SIZES, OWN, OTHERS, "seconds an epoch")

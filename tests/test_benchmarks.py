@@ -1,12 +1,15 @@
 """The scripts that made benchmarks/RESULTS.md start, and their rows can be made."""
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from pyro_scanvi import SCANVI
+from pyro_scanvi import ELBO, SCANVAE, SCANVI, Cells
+from pyro_scanvi.training.settings import Plan
 from tests.examples import SMALL, simulated
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -32,3 +35,18 @@ def test_every_extension_of_the_benchmark_is_made():
     SCANVI.setup_anndata(adata, "cell_type", "Unknown")
     for row in rows.values():
         assert SCANVI(adata, **SMALL, **row.model).module.n_labels == 3
+
+
+def test_the_loss_by_hand_is_that_of_the_package(monkeypatch):
+    """The same draws, the same loss: what is timed beside us does the same work."""
+    monkeypatch.syspath_prepend(str(FOLDER / "measuring"))
+    by_hand = importlib.import_module("ours").loss_by_hand
+    torch.manual_seed(0)
+    vae = SCANVAE(n_input=30, n_labels=4, n_hidden=16, n_latent=3, linear_classifier=True)
+    x = torch.poisson(3 * torch.rand(20, 30)) + 1
+    cells = Cells.from_counts(x, label=torch.arange(20) % 5 - 1)
+    losses = []
+    for loss in (by_hand, lambda vae, cells: ELBO()(vae, Plan()).parts(cells).loss):
+        torch.manual_seed(1)
+        losses.append(loss(vae, cells))
+    torch.testing.assert_close(*losses)

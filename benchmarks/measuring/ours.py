@@ -1,15 +1,13 @@
 """A timed run of this package. TASK CELLS.h5ad SETTINGS; prints JSON. WAYS says what it can run."""
 
 import json
-import resource
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import anndata as ad
+import clock
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
@@ -31,21 +29,14 @@ def main(task: str, path: str, given: str) -> None:
     adata = ad.read_h5ad(path)
     SCANVI.setup_anndata(adata, "given", "Unknown")
     model = SCANVI(adata, n_layers=settings["layers"])
-    seconds = {"train": train, "predict": predict}[task](model, settings)
-    versions = {
-        name: version(name) for name in ("pyro-scanvi", "pyro-ppl", "torch", "numpy", "numba")
-    }
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "peak_mib": memory, "versions": versions}))
+    taken = {"train": train, "predict": predict}[task](model, settings)
+    clock.tell(taken, ("pyro-scanvi", "pyro-ppl", "torch", "numpy", "numba"))
 
 
 def train(model: SCANVI, settings: dict[str, Any]) -> float:
-    """Seconds an epoch, of several after a first one."""
+    """Seconds an epoch."""
     run = WAYS[settings["way"]](model, settings["minibatch"])
-    run(1)
-    start = time.perf_counter()
-    run(settings["epochs"])
-    return (time.perf_counter() - start) / settings["epochs"]
+    return clock.epoch_seconds(run, settings["epochs"])
 
 
 def by_train(model: SCANVI, minibatch: int, **how: Any) -> Callable[[int], None]:
@@ -109,15 +100,9 @@ def loss_by_hand(vae: pyro_scanvi.SCANVAE, cells: Cells) -> Tensor:
 
 
 def predict(model: SCANVI, settings: dict[str, Any]) -> float:
-    """Seconds of the probabilities of all labels of all cells, the better of two runs."""
+    """Seconds of the probabilities of all labels of all cells."""
     model.train(1, train_size=1.0, progress_bar=False)
-    asked = PREDICTIONS[settings["way"]]
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        asked(model)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return clock.better_of_two(lambda: PREDICTIONS[settings["way"]](model))
 
 
 WAYS: dict[str, Callable[..., Callable[[int], None]]] = {

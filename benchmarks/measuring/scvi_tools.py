@@ -2,13 +2,11 @@
 
 import json
 import logging
-import resource
 import sys
-import time
 import warnings
-from importlib.metadata import version
 
 import anndata as ad
+import clock
 import scvi
 import torch
 
@@ -30,14 +28,12 @@ def main(task: str, path: str, given: str) -> None:
     adata = ad.read_h5ad(path)
     scvi.model.SCANVI.setup_anndata(adata, "given", "Unknown")
     model = scvi.model.SCANVI(adata, n_layers=settings["layers"])
-    seconds = {"train": train, "predict": predict}[task](model, settings)
-    versions = {name: version(name) for name in ("scvi-tools", "torch", "numpy")}
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "peak_mib": memory, "versions": versions}))
+    taken = {"train": train, "predict": predict}[task](model, settings)
+    clock.tell(taken, ("scvi-tools", "torch", "numpy"))
 
 
 def train(model, settings) -> float:
-    """Seconds an epoch, of several after a first one."""
+    """Seconds an epoch."""
 
     def run(n_epochs):
         model.train(
@@ -48,21 +44,13 @@ def train(model, settings) -> float:
             plan_kwargs=dict(PLANS[settings["way"]]),
         )
 
-    run(1)
-    start = time.perf_counter()
-    run(settings["epochs"])
-    return (time.perf_counter() - start) / settings["epochs"]
+    return clock.epoch_seconds(run, settings["epochs"])
 
 
 def predict(model, settings) -> float:
-    """Seconds of the probabilities of all labels of all cells, the better of two runs."""
+    """Seconds of the probabilities of all labels of all cells."""
     model.train(1, train_size=1.0, enable_progress_bar=False)
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        model.predict(soft=True)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return clock.better_of_two(lambda: model.predict(soft=True))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,32 @@ class Program:
         return json.loads(ended.stdout.splitlines()[-1])
 
 
-def add_sizes(parser: argparse.ArgumentParser, sizes: Mapping[str, int]) -> None:
-    """The options of a script that times us beside others."""
+def measure(
+    description: str,
+    task: str,
+    sizes: Mapping[str, int],
+    own: Mapping[str, str],
+    others: Mapping[str, str],
+    unit: str,
+) -> None:
+    """A script that times us beside others: a table for each number of threads.
+
+    Parameters
+    ----------
+    description
+        Of the script.
+    task
+        "train" or "predict".
+    sizes
+        What may be set, and what it is unless told.
+    own, others
+        Ways of this package, of which the first is compared with all, and of scvi-tools, by name.
+    unit
+        Of the times.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--nonzero", type=float, default=0.13, help="share of counts above 0")
@@ -50,17 +74,7 @@ def add_sizes(parser: argparse.ArgumentParser, sizes: Mapping[str, int]) -> None
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--peer", help="interpreter with scvi-tools")
     parser.add_argument("--json", type=Path, help="all runs, with versions and machine")
-
-
-def measured(
-    asked: argparse.Namespace,
-    task: str,
-    sizes: Iterable[str],
-    own: Mapping[str, str],
-    others: Mapping[str, str],
-    unit: str,
-) -> None:
-    """Time a task, and print a table for each number of threads; ours is the first of `own`."""
+    asked = parser.parse_args()
     settings = {name: getattr(asked, name) for name in (*sizes, "nonzero")}
     rivals, records = programs(asked.peer, own, others), []
     with tempfile.TemporaryDirectory() as folder:
