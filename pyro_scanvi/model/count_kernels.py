@@ -12,11 +12,8 @@ on what is not finite.
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -24,7 +21,8 @@ from numba import types
 from numba.extending import intrinsic
 from numpy import float32, int32
 from torch import Tensor
-from torch.nn import Parameter
+
+from pyro_scanvi.model.kernels import compiled, inlined, over_rows
 
 # Numbers without a type are float64 to numba, and would halve what fits into a register.
 ZERO, HALF, ONE, TWO, STEPS = (float32(c) for c in (0, 0.5, 1, 2, 3))
@@ -60,19 +58,6 @@ OF_ZEROS = tuple(float32(-1 / c) for c in (4, 3, 2))
 WORTH_A_THREAD = 1 << 15  # counts, as of torch's own operations
 
 
-def compiled(function: Callable) -> Any:
-    """The function as machine code, kept in a cache folder where there is a place for one."""
-    # Products may be fused with sums; no other freedom, or NaN and small differences would be lost.
-    how: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}, "nogil": True}
-    try:
-        return numba.njit(function, cache=True, **how)
-    except RuntimeError:
-        return numba.njit(function, **how)
-
-
-inlined: Callable[[Callable], Any] = partial(
-    numba.njit, forceinline=True, error_model="numpy", fastmath={"contract"}
-)
 reinterpreted: Callable[[Callable], Any] = intrinsic
 
 
@@ -281,14 +266,6 @@ def zero_inflated(x: Tensor, mean: Tensor, theta: Tensor, gate_logits: Tensor) -
     return _filled(_zero_inflated, x, mean, theta, gate_logits)
 
 
-def serve(*arguments: Tensor) -> bool:
-    """Whether these can be computed here: plain tensors, float32, in the memory of the CPU."""
-    return all(
-        type(t) in (Tensor, Parameter) and t.dtype == torch.float32 and t.is_cpu and t.numel()
-        for t in arguments
-    )
-
-
 def _filled(kernel: Callable, *arguments: Tensor) -> list[Tensor]:
     """What a kernel fills, a tensor for each argument, by as many threads as torch has."""
     shape = arguments[0].shape
@@ -296,15 +273,7 @@ def _filled(kernel: Callable, *arguments: Tensor) -> list[Tensor]:
     n_rows = shape[:-1].numel()
     filled = [torch.empty(shape, dtype=torch.float32) for _ in arguments]
     results = [t.reshape(n_rows, -1).numpy() for t in filled]
-    n_threads = min(torch.get_num_threads(), -(-shape.numel() // WORTH_A_THREAD), n_rows)
-    if n_threads == 1:
-        kernel(0, n_rows, *rows, *results)
-        return filled
-    ends = np.linspace(0, n_rows, n_threads + 1).astype(int)
-    with ThreadPoolExecutor(n_threads) as pool:
-        parts = [pool.submit(kernel, *ends[i : i + 2], *rows, *results) for i in range(n_threads)]
-    for part in parts:
-        part.result()
+    over_rows(kernel, n_rows, -(-shape.numel() // WORTH_A_THREAD), *rows, *results)
     return filled
 
 

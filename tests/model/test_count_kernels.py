@@ -1,7 +1,5 @@
 """The compiled kernels say what the formulas say; those are checked in test_distributions.py."""
 
-import numba
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -116,22 +114,3 @@ def test_the_type_of_the_results_is_that_of_the_arguments(family):
         torch.set_default_dtype(torch.float32)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32 and torch.equal(one, other)
-
-
-def test_kernels_serve_float32_on_the_cpu():
-    x = torch.ones(3)
-    assert count_kernels.serve(x, x)
-    assert not count_kernels.serve(x, x.double())
-    assert not count_kernels.serve(x, x.to("meta"))
-    assert not count_kernels.serve(x[:0])
-
-
-def test_without_a_place_for_a_cache_a_kernel_is_compiled_all_the_same(monkeypatch):
-    def no_cache(function, cache=False, **how):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return jitted(function, **how)
-
-    jitted = numba.njit
-    monkeypatch.setattr(numba, "njit", no_cache)
-    assert count_kernels.compiled(lambda x: x + 1)(np.float32(2)) == 3
