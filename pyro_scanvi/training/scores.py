@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 
@@ -43,6 +44,19 @@ class EpochScores:
         self.n_informative += int(informative.sum())
         self.labels.append(cells.label[labelled].cpu())
         self.probabilities.append(parts.logits.detach()[labelled].softmax(-1).cpu())
+
+    @classmethod
+    def of_all(cls, parts: Iterable["EpochScores"]) -> "EpochScores":
+        """Those of several processes as one."""
+        scores = cls()
+        for part in parts:
+            scores.n_cells += part.n_cells
+            scores.n_informative += part.n_informative
+            scores.labels += part.labels
+            scores.probabilities += part.probabilities
+            for name, total in part.sums.items():
+                scores.sums[name] += total
+        return scores
 
     def mean(self) -> dict[str, float]:
         """Per cell: ELBO, reconstruction and KLs. Per labelled cell: the rest.
