@@ -509,16 +509,9 @@ class SCANVI(
             seed=self.seed if seed is None else seed,
             split_seed=self.seed,
         )
+        where = accelerator, devices, strategy, precision
         trainer_settings = TrainerSettings(
-            callbacks=callbacks,
-            logger=logger,
-            accelerator=accelerator,
-            devices=devices,
-            strategy=strategy,
-            precision=precision,
-            checkpoint_dir=checkpoint_dir,
-            progress_bar=progress_bar,
-            trainer_kwargs=trainer_kwargs,
+            callbacks, logger, *where, checkpoint_dir, progress_bar, trainer_kwargs
         )
         plan = Plan.of(plan_kwargs or {}, Layered() if objective is None else objective)
         self._fit(plan, data_settings, trainer_settings, cell_weights, ckpt_path)
