@@ -54,7 +54,7 @@ class BatchNorm(nn.BatchNorm1d):
         n, means, squares = told.split([1, len(mean), len(mean)], dim=1)
         mean = (n * means).sum(0) / n.sum()
         square = (squares + n * (means - mean).square()).sum(0)
-        self._follow(mean.detach(), square.detach() / (n.sum() - 1))
+        self._follow(mean.detach(), (square / (n.sum() - 1)).detach())
         scale = self.weight * (square / n.sum() + self.eps).rsqrt()
         return ((own - mean) * scale + self.bias).to(rows.dtype)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from pyro.distributions import Normal
@@ -73,6 +74,7 @@ def in_processes(folder: Path, function: Callable, *arguments, launcher=torchrun
 
 def _as_rank(environment: dict, path: Path, function: Callable, *arguments) -> None:
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     torch.save(function(*arguments), path)
 
 
@@ -171,12 +173,12 @@ def step(name: str, processes: Processes = ALONE) -> dict:
     module = LightningObjective(vae, plan, phase, processes=processes)
     module.train_scores = EpochScores()
     forward: nn.Module = Step(module)
-    torch.manual_seed(1)
     with gathering(vae, gathered if processes.n > 1 else None):
         if processes.n > 1:
             forward = DistributedDataParallel(forward, find_unused_parameters=True)
             parts = first, [i for i in range(len(cells)) if i not in first]
             cells = taken(cells, parts[processes.rank])
+        torch.manual_seed(1)  # of a site that all share
         forward(cells).backward()
     grads = {k: p.grad for k, p in vae.named_parameters() if p.grad is not None}
     scores = EpochScores.of_all(processes.each(module.train_scores)).mean()
@@ -215,7 +217,7 @@ def digest(model: SCANVI) -> str:
 
 
 def told(model: SCANVI) -> dict:
-    return {"digest": digest(model), "history": model.history.to_dict("list")}
+    return {"digest": digest(model), "history": pd.DataFrame(model.history)}
 
 
 def exact_run(batch_size: int, **more) -> SCANVI:
@@ -244,8 +246,8 @@ class Infinite(SCANVAE):
     bad = -1
 
     def observed(self, z, library, y, cells):
-        odd = torch.where(cells.position == self.bad, torch.inf, 0.0)
-        seen = {"odd": (Normal(torch.zeros_like(odd), 1.0), odd)}
+        odd = torch.where(cells.position == self.bad, torch.inf, 0.0).unsqueeze(-1)
+        seen = {"odd": (Normal(torch.zeros_like(odd), 1.0).to_event(1), odd)}
         return super().observed(z, library, y, cells) | seen
 
 
@@ -268,7 +270,7 @@ def runs(folder: Path) -> dict:
     noisy(2, folder / "stopped")
     found["resumed"] = told(noisy(4, folder / "stopped", ckpt_path="last"))
     stopping = {"early_stopping": True, "early_stopping_patience": 1, "pretrain_epochs": 0}
-    found["early"] = told(noisy(50, **stopping | {"plan_kwargs": {"lr": 10.0}}))
+    found["early"] = told(noisy(50, **stopping | {"plan_kwargs": {"lr": 1e-6}}))
     found["disagree"] = error_of(InputError, noisy, 1, seed=rank)
     found["not finite"] = not_finite()
     model = noisy(1)
