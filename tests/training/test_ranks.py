@@ -191,8 +191,9 @@ def test_a_loss_of_one_process_ends_both(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [together.killed, together.interrupted, together.mistaken])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "rank"), [(together.killed, 0), (together.interrupted, 1), (together.mistaken, 1)]
+)
 def test_the_end_of_one_is_an_error_in_the_other(tmp_path, how, rank):
     """No hang, and the checkpoint is whole."""
     codes = in_processes(tmp_path, together.ended_in, tmp_path, how, rank)
