@@ -162,6 +162,13 @@ def test_resumed_to_the_bit(runs):
 
 
 @pytest.mark.slow
+def test_one_process_does_not_resume_what_two_have_written(runs, folder):
+    assert len(runs) == 2
+    with pytest.raises(InputError, match=r"processes was 2, is None \(as many as"):
+        together.noisy(4, folder / "whole", ckpt_path="last", strategy="auto")
+
+
+@pytest.mark.slow
 def test_early_stopping_is_one_decision(runs):
     first, second = (run["early"]["history"] for run in runs)
     pd.testing.assert_frame_equal(first, second)
