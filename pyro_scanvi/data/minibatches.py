@@ -22,6 +22,11 @@ SMALLEST_LIBRARY_VARIANCE = 1e-4
 CELLS_AT_ONCE = 4096  # in float64
 
 
+def alone(total: Tensor) -> Tensor:
+    """A sum over the cells of all processes where there is one."""
+    return total
+
+
 class Named(dict):
     """Data of cells by name; a name that is not there says why, and what to do.
 
@@ -90,6 +95,10 @@ class Cells:
         each; a row of NaN where the cell was not measured. InputError for a name that is not there.
     position
         Position of each cell in the AnnData, (N,): ``adata[cells.position]``; `index` unless given.
+    pooled
+        From a sum over these cells to the sum over the minibatch of all processes, times the share
+        that these cells have in it: the denominator of a mean over some of them. It is the sum
+        itself where one process trains.
     """
 
     x: Tensor
@@ -107,6 +116,7 @@ class Cells:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Named = field(default_factory=Named)  # any mapping is taken
     position: Tensor = None  # type: ignore[assignment]  # filled in
+    pooled: Callable[[Tensor], Tensor] = alone
 
     def __post_init__(self) -> None:
         if not isinstance(self.extra, Named):
@@ -184,6 +194,29 @@ def exact_evidence(label: Tensor, n_labels: int, dtype: torch.dtype = torch.floa
 
 
 @dataclass(frozen=True)
+class Share:
+    """The part of each minibatch that one of several processes takes; all of it, unless told.
+
+    Parts differ by one cell at most in size, and spread as evenly over the minibatch.
+
+    Examples
+    --------
+    >>> [Share(rank, 2).of(np.arange(5)).tolist() for rank in (0, 1)]
+    [[0, 2, 4], [1, 3]]
+    """
+
+    rank: int = 0
+    n: int = 1
+
+    def of(self, positions: np.ndarray) -> np.ndarray:
+        """Its positions of those of a minibatch."""
+        return positions[self.rank :: self.n]
+
+
+WHOLE = Share()
+
+
+@dataclass(frozen=True)
 class CellData(Dataset):
     """All cells of a data set, as arrays; ``data[positions]`` is a minibatch.
 
@@ -256,14 +289,20 @@ class CellData(Dataset):
         return replace(self, counts=self.counts[positions], extra=extra, **chosen)
 
     def shuffled(
-        self, batch_size: int, seed: int, first_epoch: int = 0, balanced: bool = False
+        self,
+        batch_size: int,
+        seed: int,
+        first_epoch: int = 0,
+        balanced: bool = False,
+        share: Share = WHOLE,
     ) -> "MinibatchSampler":
         """Minibatches to train on; see :class:`MinibatchSampler`."""
-        return MinibatchSampler(self.label, batch_size, seed, first_epoch, balanced)
+        return MinibatchSampler(self.label, batch_size, seed, first_epoch, balanced, share)
 
-    def in_order(self, batch_size: int) -> Iterable[np.ndarray]:
-        """Minibatches in the order of the data."""
-        return np.array_split(np.arange(len(self)), max(1, -(-len(self) // batch_size)))
+    def in_order(self, batch_size: int, share: Share = WHOLE) -> Iterable[np.ndarray]:
+        """Minibatches in the order of the data; of each the part of one process."""
+        n_minibatches = max(1, -(-len(self) // (batch_size * share.n)))
+        return [share.of(p) for p in np.array_split(np.arange(len(self)), n_minibatches)]
 
     def check_in_memory(self, what: str, instead: str) -> None:
         """Refuse `what` where the counts are not in memory, and say what to do instead."""
@@ -310,6 +349,9 @@ class MinibatchSampler(Sampler[np.ndarray]):
         Epoch e is shuffled by `seed` and `first_epoch` + e.
     balanced
         Draw the labelled cells of each epoch so that every label is seen equally often.
+    share
+        Of several processes the part of this one: all deal the same minibatches, of `batch_size`
+        cells for each process, and each takes its share of every one.
     """
 
     def __init__(
@@ -319,9 +361,11 @@ class MinibatchSampler(Sampler[np.ndarray]):
         seed: int,
         first_epoch: int = 0,
         balanced: bool = False,
+        share: Share = WHOLE,
     ):
         self.label = label
-        self.n_minibatches = -(-len(label) // batch_size)
+        self.share = share
+        self.n_minibatches = -(-len(label) // (batch_size * share.n))
         self.seed = seed
         self.first_epoch = first_epoch
         self.balanced = balanced
@@ -342,7 +386,7 @@ class MinibatchSampler(Sampler[np.ndarray]):
         strata = labelled, np.flatnonzero(self.label == UNLABELED)
         place = [(self.ranks(s, rng) + rng.random(len(s))) / max(len(s), 1) for s in strata]
         order = np.concatenate(strata)[np.concatenate(place).argsort()]
-        return iter(np.array_split(order, self.n_minibatches))
+        return map(self.share.of, np.array_split(order, self.n_minibatches))
 
     def ranks(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Place of each of these cells among them in the order of the epoch, (n,)."""
@@ -377,15 +421,20 @@ def subsampled_labels(label: np.ndarray, n_per_label: int, rng: np.random.Genera
 
 
 def training_loader(
-    data: CellData, batch_size: int, seed: int, first_epoch: int = 0, balanced: bool = False
+    data: CellData,
+    batch_size: int,
+    seed: int,
+    first_epoch: int = 0,
+    balanced: bool = False,
+    share: Share = WHOLE,
 ) -> DataLoader:
     """Shuffled minibatches; see :class:`MinibatchSampler`."""
-    return _loader(data, data.shuffled(batch_size, seed, first_epoch, balanced))
+    return _loader(data, data.shuffled(batch_size, seed, first_epoch, balanced, share))
 
 
-def ordered_loader(data: CellData, batch_size: int) -> DataLoader:
+def ordered_loader(data: CellData, batch_size: int, share: Share = WHOLE) -> DataLoader:
     """Minibatches in the order of the data."""
-    return _loader(data, data.in_order(batch_size))
+    return _loader(data, data.in_order(batch_size, share))
 
 
 def _loader(data: CellData, positions: Iterable[np.ndarray]) -> DataLoader:

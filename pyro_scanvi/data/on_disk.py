@@ -14,7 +14,7 @@ import zarr
 from anndata.abc import CSCDataset, CSRDataset
 from scipy.sparse import csr_matrix, issparse, vstack
 
-from pyro_scanvi.data.minibatches import CellData, Counts, MinibatchSampler
+from pyro_scanvi.data.minibatches import WHOLE, CellData, Counts, MinibatchSampler, Share
 from pyro_scanvi.validation import InputError
 
 WINDOW = 16_384  # cells that are held at once, and that minibatches are mixed from
@@ -236,14 +236,20 @@ class CellsOnDisk(CellData):
     counts: OnDisk
 
     def shuffled(
-        self, batch_size: int, seed: int, first_epoch: int = 0, balanced: bool = False
+        self,
+        batch_size: int,
+        seed: int,
+        first_epoch: int = 0,
+        balanced: bool = False,
+        share: Share = WHOLE,
     ) -> "BlockSampler":
         """Minibatches of windows; see :class:`BlockSampler`."""
-        return BlockSampler(self.counts, self.label, batch_size, seed, first_epoch, balanced)
+        settings = batch_size, seed, first_epoch, balanced, share
+        return BlockSampler(self.counts, self.label, *settings)
 
-    def in_order(self, batch_size: int) -> "InOrder":
-        """Minibatches in the order of the data, read ahead."""
-        minibatches = list(super().in_order(batch_size))
+    def in_order(self, batch_size: int, share: Share = WHOLE) -> "InOrder":
+        """Minibatches in the order of the data, read ahead; of each the part of one process."""
+        minibatches = list(super().in_order(batch_size, share))
         return InOrder(minibatches, self.counts, self.counts.n_together(batch_size))
 
     def check_in_memory(self, what: str, instead: str) -> None:
@@ -279,8 +285,9 @@ class BlockSampler(MinibatchSampler):
     ----------
     counts
         Of the cells.
-    label, batch_size, seed, first_epoch, balanced
-        As of :class:`MinibatchSampler`.
+    label, batch_size, seed, first_epoch, balanced, share
+        As of :class:`MinibatchSampler`; a window is that of all processes, each of which reads its
+        own cells of it.
     """
 
     def __init__(
@@ -291,10 +298,11 @@ class BlockSampler(MinibatchSampler):
         seed: int,
         first_epoch: int = 0,
         balanced: bool = False,
+        share: Share = WHOLE,
     ):
-        super().__init__(label, batch_size, seed, first_epoch, balanced)
+        super().__init__(label, batch_size, seed, first_epoch, balanced, share)
         self.counts = counts
-        self.n_together = counts.n_together(batch_size)
+        self.n_together = counts.n_together(batch_size * share.n)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self.counts.ahead(list(super().__iter__()), self.n_together)

@@ -53,6 +53,7 @@ from pyro_scanvi.surgery import freezing, growing, query
 from pyro_scanvi.training import runs
 from pyro_scanvi.training.history import History
 from pyro_scanvi.training.nonfinite import NonFiniteError
+from pyro_scanvi.training.ranks import is_first
 from pyro_scanvi.training.settings import DataSettings, Plan, TrainerSettings, default_max_epochs
 from pyro_scanvi.training.trainer import free_arguments
 from pyro_scanvi.validation import (
@@ -389,6 +390,7 @@ class SCANVI(
         logger: Logger | Sequence[Logger] | bool = False,
         accelerator: str = "auto",
         devices: int | str | Sequence[int] = "auto",
+        strategy: str = "auto",
         precision: str = "32-true",
         checkpoint_dir: str | Path | None = None,
         ckpt_path: str | Path | None = None,
@@ -418,7 +420,7 @@ class SCANVI(
         train_size, validation_size
             Shares of the cells to train on and to score; a `validation_size` of None is the rest.
         batch_size
-            Cells in a minibatch.
+            Cells in a minibatch, of each process where several train.
         class_balanced
             Draw labelled cells so that each label is seen equally often, by the ELBO too. For rare
             types; the classifier's probabilities are then those of equally frequent types.
@@ -447,7 +449,12 @@ class SCANVI(
         callbacks, logger
             Lightning's, beside our own; lists, or for the logger one.
         accelerator, devices, precision
-            As for Lightning's Trainer: one device; "32-true", "64-true" or "bf16-mixed".
+            As for Lightning's Trainer: one device, or those of `strategy`; "32-true", "64-true" or
+            "bf16-mixed".
+        strategy
+            "auto" is one process; "ddp" is Lightning's, in as many as torchrun or srun has started
+            (docs/many_machines.md), each of which calls this with the same cells and arguments.
+            Ctrl-C then ends all of them with an error.
         checkpoint_dir
             Folder to keep ``last.ckpt`` in, the state after the last epoch that was trained whole.
             One that is there is not replaced by a fresh start.
@@ -502,15 +509,9 @@ class SCANVI(
             seed=self.seed if seed is None else seed,
             split_seed=self.seed,
         )
+        where = accelerator, devices, strategy, precision
         trainer_settings = TrainerSettings(
-            callbacks=callbacks,
-            logger=logger,
-            accelerator=accelerator,
-            devices=devices,
-            precision=precision,
-            checkpoint_dir=checkpoint_dir,
-            progress_bar=progress_bar,
-            trainer_kwargs=trainer_kwargs,
+            callbacks, logger, *where, checkpoint_dir, progress_bar, trainer_kwargs
         )
         plan = Plan.of(plan_kwargs or {}, Layered() if objective is None else objective)
         self._fit(plan, data_settings, trainer_settings, cell_weights, ckpt_path)
@@ -858,6 +859,9 @@ class SCANVI(
     ) -> None:
         """Write the model into a folder, whole or not at all: safetensors and JSON, no pickle.
 
+        Of several processes that have trained it, the first writes, and in the others the call
+        does nothing.
+
         Parameters
         ----------
         directory
@@ -879,6 +883,8 @@ class SCANVI(
         Of a class and of parts of one's own, such as a likelihood, the name is written and no
         code; :meth:`load` is given them.
         """
+        if not is_first():
+            return
         directory = user_path(directory)
         models.check_target(directory, overwrite)
         saved = Saved(

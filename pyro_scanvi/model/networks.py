@@ -23,9 +23,15 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch norm over all leading dimensions, with the momentum and epsilon of scVI.
 
     A minibatch of one row has no variance; it is normalised by the running statistics, which it
-    leaves alone.
+    leaves alone. Where several processes train, statistics are those of the rows of all.
+
+    Attributes
+    ----------
+    gather
+        From a tensor to that of each process, (n, ...), with a gradient; None where one trains.
     """
 
+    gather: Callable[[Tensor], Tensor] | None = None
     momentum: float
     running_mean: Tensor
     running_var: Tensor
@@ -37,17 +43,30 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` of shape (..., num_features)."""
         rows = x.reshape(-1, x.shape[-1])
+        if self.training and self.gather is not None:
+            return self._of_all(rows, self.gather).reshape(x.shape)
         if self.training and len(rows) == 1:
             statistics = (self.running_mean, self.running_var, self.weight, self.bias)
             return nn.functional.batch_norm(rows, *statistics, eps=self.eps).reshape(x.shape)
         return super().forward(rows).reshape(x.shape)
 
-    @torch.no_grad()
-    def move(self, mean: Tensor, variance: Tensor, n_rows: int) -> None:
-        """Take the moments of so many rows, at least two, into the running ones."""
-        self.num_batches_tracked.add_(1)
+    def _of_all(self, rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        """Normalised by mean and variance of the rows of all processes (Chan et al. 1983)."""
+        own = rows.to(self.weight.dtype)
+        mean, n = own.mean(0), own.new_tensor([len(own)])
+        told = gather(torch.cat([n, mean, (own - mean).square().sum(0)]))
+        n, means, squares = told.split([1, len(mean), len(mean)], dim=1)
+        mean = (n * means).sum(0) / n.sum()
+        square = (squares + n * (means - mean).square()).sum(0)
+        self.follow(mean.detach(), (square / (n.sum() - 1)).detach())
+        scale = self.weight * (square / n.sum() + self.eps).rsqrt()
+        return ((own - mean) * scale + self.bias).to(rows.dtype)
+
+    def follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics towards those of a minibatch, (num_features,) each."""
         self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * (n_rows / (n_rows - 1)), self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        self.num_batches_tracked += 1
 
 
 @contextmanager
@@ -198,6 +217,7 @@ class Block(nn.Sequential):
             [type(m) for m in modules] in (DEFAULT, DEFAULT[:-1])
             and all(m.training and not any(vars(m)[hooks] for hooks in HOOKS) for m in modules)
             and not nn.modules.module._has_any_global_hook()
+            and self.batch_norm.gather is None
             and self._bound() > 0
         )
 
@@ -208,7 +228,8 @@ class Block(nn.Sequential):
         norm = self.batch_norm
         how = shape, norm.eps, self._bound()
         units, mean, variance = _InOnePass.apply(x, added, norm.weight, norm.bias, *how)
-        norm.move(mean, variance, shape[:-1].numel())
+        n_rows = shape[:-1].numel()
+        norm.follow(mean, variance * (n_rows / (n_rows - 1)))
         return units
 
 

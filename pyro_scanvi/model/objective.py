@@ -238,8 +238,8 @@ class SemiSupervisedELBO(RevisedELBO):
         elbo = self.bound(model_trace, guide_trace) / cells.n_obs
         wrong, informative, logits = self._classify(guide_trace, cells)
         weight = _classification_weight(cells, informative)
-        classification = _mean(wrong, weight * cells.labelled)
-        classification = classification + _mean(wrong, weight * ~cells.labelled)
+        classification = _mean(wrong, weight * cells.labelled, cells.pooled)
+        classification = classification + _mean(wrong, weight * ~cells.labelled, cells.pooled)
         loss = self.classification_ratio * classification - elbo
         with torch.no_grad():
             costs = _expected_costs(model_trace, guide_trace, len(cells), self.num_particles)
@@ -362,9 +362,9 @@ def classification_cost(q_y: OneHotCategorical, evidence: Tensor) -> tuple[Tenso
     return torch.where(informative, cost, torch.zeros_like(cost)), informative
 
 
-def _mean(values: Tensor, weight: Tensor) -> Tensor:
+def _mean(values: Tensor, weight: Tensor, pooled: Callable[[Tensor], Tensor]) -> Tensor:
     """Weighted mean; 0 where nothing has a weight."""
-    return (weight * values).sum() / weight.sum().clamp(min=SMALLEST_WEIGHT)
+    return (weight * values).sum() / pooled(weight.sum()).clamp(min=SMALLEST_WEIGHT)
 
 
 def _classification_weight(cells: Cells, informative: Tensor) -> Tensor:

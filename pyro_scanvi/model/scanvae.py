@@ -428,8 +428,9 @@ class SCANVAE(PiecewiseInterface):
         A point where the label is known exactly, q(y | z) where nothing is.
         """
         evidence = self.evidence(cells)
-        certain = ((evidence > LOG_IMPOSSIBLE / 2).sum(-1) == 1).all()
-        kind = CertainLabel if certain else LabelCategorical
+        uncertain = ((evidence > LOG_IMPOSSIBLE / 2).sum(-1) != 1).sum()
+        # In all processes that train alike: batch norms see each label that is enumerated.
+        kind = LabelCategorical if cells.pooled(uncertain) else CertainLabel
         return kind(logits=self.q_y(z, cells).logits + evidence)
 
     def label_logits(self, z: Tensor, cells: Cells) -> Tensor:

@@ -85,7 +85,7 @@ SPLITTING = (
     "(SCANVI(adata, seed=...)), always shuffled"
 )
 CHECKPOINTS = "checkpoint_dir= keeps the last epoch; callbacks=[ModelCheckpoint(...)] the best one"
-ONE_DEVICE = "training runs on one device, which accelerator= and devices= choose"
+DEVICES = "accelerator=, devices= and strategy= choose where training runs"
 BAR = "progress_bar= shows one or none; callbacks=[TQDMProgressBar(...)] another one"
 CLIP = "it is plan_kwargs={'gradient_clip_norm': ...}"
 CELLS = "cells come from the AnnData that the model was made with, SCANVI(adata)"
@@ -110,21 +110,22 @@ TRAIN = {  # arguments of scvi-tools' train, now or once, and of Lightning's Tra
     "n_epochs": "it is max_epochs=",
     "n_epochs_semisupervised": "it is max_epochs=",
     "n_epochs_unsupervised": "it is pretrain_epochs=",
-    "num_nodes": ONE_DEVICE,
+    "num_nodes": "strategy='ddp' takes as many machines as the launcher (docs/many_machines.md)",
     "num_sanity_val_steps": "held-out cells are scored after an epoch, every "
     "check_val_every_n_epoch=",
     "overfit_batches": "make a model of few cells instead, SCANVI(adata[:100].copy()); train() "
     "goes through all of them",
     "plan_config": "it is plan_kwargs=",
-    "plugins": ONE_DEVICE,
+    "plugins": DEVICES,
     "progress_bar_refresh_rate": BAR,
     "semisupervised_trainer_kwargs": "it is trainer_kwargs=",
     "shuffle_set_split": SPLITTING,
     "simple_progress_bar": BAR,
-    "strategy": ONE_DEVICE,
+    "sync_batchnorm": "with strategy='ddp' batch norms are those of all processes; leave it out",
     "trainer_config": "it is trainer_kwargs=",
     "unsupervised_trainer_kwargs": "pretrain_epochs= trains without labels first, by the same "
     "trainer_kwargs=",
+    "use_distributed_sampler": "with strategy='ddp' ours deals the cells; leave it out of train()",
     "use_cuda": "accelerator='gpu' trains on a GPU, 'auto' where there is one",
     "use_gpu": "accelerator='gpu' trains on a GPU, 'auto' where there is one",
     "val_check_interval": "held-out cells are scored after an epoch, every "

@@ -1,4 +1,4 @@
-"""Our own Lightning callbacks: progress, a hint of a long run, the guard of good weights."""
+"""Our own Lightning callbacks: progress, hints, whether processes agree, the last good weights."""
 
 # mypy: disable-error-code="override"
 # Lightning's hooks take any module; these are given to Trainers of our own alone.
@@ -6,6 +6,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import lightning
 import torch
@@ -17,7 +18,8 @@ from torch.optim import Optimizer
 from pyro_scanvi.training import nonfinite
 from pyro_scanvi.training.module import LightningObjective
 from pyro_scanvi.training.nonfinite import NonFiniteError
-from pyro_scanvi.validation import Advice
+from pyro_scanvi.training.ranks import Processes
+from pyro_scanvi.validation import Advice, InputError
 
 MANY_GENES = 5000
 LONG_RUN = 120.0  # seconds
@@ -55,6 +57,36 @@ class ProgressBar(Callback):
     ) -> None:
         """Give the terminal back."""
         self.bar.stop()
+
+
+class Agreement(Callback):
+    """Ends all processes where they do not train the same: other data, settings or checkpoints.
+
+    Parameters
+    ----------
+    processes
+        Those that train.
+    told
+        What must be equal in all of them, by name.
+    """
+
+    def __init__(self, processes: Processes, told: Mapping[str, Any]):
+        self.processes, self.told = processes, told
+
+    def setup(self, trainer: lightning.Trainer, module: LightningObjective, stage: str) -> None:
+        """Lightning calls this when they have met, before they share weights."""
+        for rank, other in enumerate(self.processes.each(self.told)):
+            differ = [
+                f"{name} is {self.told.get(name)!r} in process {self.processes.rank} and "
+                f"{other.get(name)!r} in process {rank}"
+                for name in sorted({*self.told, *other})
+                if self.told.get(name) != other.get(name)
+            ]
+            if differ:
+                raise InputError(
+                    f"the processes do not train the same: {'; '.join(differ[:5])}; give each the "
+                    "same AnnData and arguments, and folders that all of them see"
+                )
 
 
 class TimeHint(Callback):

@@ -28,7 +28,10 @@ KEY = "pyro_scanvi"
 LAST = "last.ckpt"
 PREFIX = "vae."  # of the model's tensors in a checkpoint
 LATEST = "2"  # rule by which a fingerprint of the data is taken
-MENDS = {"threads": " (torch.set_num_threads sets it)"}  # what is no argument of train
+MENDS = {  # what is no argument of train
+    "threads": " (torch.set_num_threads sets it)",
+    "processes": " (as many as the launcher starts; one is None)",
+}
 
 
 class WholeFiles(TorchCheckpointIO):

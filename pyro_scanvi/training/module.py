@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pyro_scanvi.data.minibatches import Cells
+from pyro_scanvi.data.minibatches import Cells, alone
 from pyro_scanvi.model.contracts import BROKEN, explained
 from pyro_scanvi.model.objective import ObjectiveParts
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.training import checkpoints, nonfinite
-from pyro_scanvi.training.nonfinite import NonFiniteError, first_fault
+from pyro_scanvi.training.nonfinite import Fault, NonFiniteError, first_fault
 from pyro_scanvi.training.phases import TRAINING, Phase
+from pyro_scanvi.training.ranks import ALONE, Processes, gathering
 from pyro_scanvi.training.scores import EpochScores
 from pyro_scanvi.training.settings import Plan
 
@@ -42,6 +43,8 @@ class LightningObjective(lightning.LightningModule):
     classified
         From an epoch to the mask of the training cells that count in the classification term in
         it; None is all.
+    processes
+        Those that train.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class LightningObjective(lightning.LightningModule):
         rows: list[dict[str, Any]] | None = None,
         identity: Mapping[str, Any] | None = None,
         classified: Callable[[int], np.ndarray] | None = None,
+        processes: Processes = ALONE,
     ):
         super().__init__()
         self.vae, self.plan, self.phase = vae, plan, phase
@@ -64,7 +68,7 @@ class LightningObjective(lightning.LightningModule):
         self.scheduler: ReduceLROnPlateau | None = None
         self.latest: dict[str, float] = {}  # scores of the epoch, as callbacks call them
         self.noted: dict[str, float] = {}  # by callbacks, for the history of the training cells
-        self.classified = classified
+        self.classified, self.processes = classified, processes
 
     @property
     def epoch(self) -> int:
@@ -87,7 +91,8 @@ class LightningObjective(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Go on with the random state of a checkpoint, and draw who is classified."""
         if "random_state" in self.resumed:
-            checkpoints.set_random_state(self.resumed.pop("random_state"))
+            first, others = self.resumed.pop("random_state"), self.resumed.get("of_others", [])
+            checkpoints.set_random_state([first, *others][self.processes.rank])
         if self.classified is not None:
             self.classified_now = torch.from_numpy(self.classified(self.epoch)).to(self.device)
         self.train_scores = EpochScores()
@@ -98,9 +103,10 @@ class LightningObjective(lightning.LightningModule):
             self.bound.kl_weight = self.plan.kl_weight(self.current_epoch, self.global_step)
         if self.classified is not None:
             cells = replace(cells, classified=self.classified_now[cells.index])
+        weight, cells = self.processes.joined(cells)
         parts = self._parts(cells)
         self.train_scores.add(parts, cells)
-        return parts.loss
+        return weight * parts.loss
 
     def on_validation_epoch_start(self) -> None:
         """Score afresh."""
@@ -126,12 +132,14 @@ class LightningObjective(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an epoch depends on beside weights and optimiser."""
         reasons = [c.stopping_reason for c in self.trainer.early_stopping_callbacks]
+        first, *others = self.processes.each(checkpoints.random_state())
         checkpoint[checkpoints.KEY] = {
             "identity": self.identity,
             "phase": self.phase.name,
             "first_epoch": self.first_epoch,
             "history": self.rows,
-            "random_state": checkpoints.random_state(),
+            "random_state": first,
+            "of_others": others,
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
             "stopped": any(reason != EarlyStoppingReason.NOT_STOPPED for reason in reasons),
         }
@@ -142,11 +150,23 @@ class LightningObjective(lightning.LightningModule):
         self.rows[:] = self.resumed["history"]
 
     def diagnose(self, quantity: str) -> NonFiniteError:
-        """What is not finite for the last minibatch; see :mod:`pyro_scanvi.training.nonfinite`."""
+        """What is not finite for the last minibatch; see :mod:`pyro_scanvi.training.nonfinite`.
+
+        All processes ask together, and say the same: what the first of them found.
+        """
+        faults = self.processes.each(self._fault())
+        return self._non_finite(quantity, max(faults, key=lambda fault: bool(fault.site)))
+
+    def _fault(self) -> Fault:
+        """Of the cells of this process."""
         torch.set_rng_state(self.last_random_state)  # of the CPU; a GPU's would be slow to keep
-        story = self.phase.story(self.vae)
-        fault = first_fault(story.model, story.guide, self.last_cells)
-        fault.cells = np.sort(self.last_cells.position.cpu().numpy()[fault.cells])
+        story, cells = self.phase.story(self.vae), replace(self.last_cells, pooled=alone)
+        with gathering(self.vae, None):
+            fault = first_fault(story.model, story.guide, cells)
+        fault.cells = np.sort(cells.position.cpu().numpy()[fault.cells])
+        return fault
+
+    def _non_finite(self, quantity: str, fault: Fault) -> NonFiniteError:
         parameters = nonfinite.bad_gradients(self.vae)
         return NonFiniteError(quantity, self.epoch, fault, parameters, self.trainer.validating)
 
@@ -160,24 +180,27 @@ class LightningObjective(lightning.LightningModule):
         except BROKEN as error:  # Pyro's own check, or torch, which cannot say where
             self._refuse_non_finite()
             story = self.phase.story(self.vae)
-            said = explained(error, self.vae, story.model, story.guide, cells)
+            cells = replace(cells, pooled=alone)
+            with gathering(self.vae, None):  # the others may be fine
+                said = explained(error, self.vae, story.model, story.guide, cells)
             if said is error:
                 raise
             raise said from error
-        if not parts.loss.isfinite():
+        if not self.processes.all(parts.loss.isfinite()):
             raise self.diagnose("loss")
         return parts
 
     def _refuse_non_finite(self) -> None:
-        error = self.diagnose("loss")
-        if error.fault.site:
-            raise error
+        fault = self._fault()
+        if fault.site:
+            raise self._non_finite("loss", fault)
 
     def _close_epoch(
         self, split: str, scores: EpochScores, noted: dict[str, float] | None = None
     ) -> None:
         if not scores.n_cells:  # interrupted before the first minibatch
             return
+        scores = EpochScores.of_all(self.processes.each(scores))
         means = scores.mean() | (noted or {})
         self.rows.append({"epoch": self.epoch, "split": split} | means)
         logged = {f"{key}_{split}": value for key, value in means.items()}

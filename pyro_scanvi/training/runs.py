@@ -30,10 +30,11 @@ from pyro_scanvi.model.scanvae import SCANVAE, evaluated
 from pyro_scanvi.storage.files import user_path
 from pyro_scanvi.threads import as_told, told
 from pyro_scanvi.training import checkpoints
-from pyro_scanvi.training.callbacks import LastGoodWeights, ProgressBar, TimeHint
+from pyro_scanvi.training.callbacks import Agreement, LastGoodWeights, ProgressBar, TimeHint
 from pyro_scanvi.training.checkpoints import LastCheckpoint, Saved, WholeFiles
 from pyro_scanvi.training.module import LightningObjective
 from pyro_scanvi.training.phases import PHASES, Phase
+from pyro_scanvi.training.ranks import Processes, check_batch_norms, gathered, gathering
 from pyro_scanvi.training.settings import DataSettings, Plan, TrainerSettings, described
 from pyro_scanvi.training.trainer import quiet_lightning, stop_on_interrupt
 from pyro_scanvi.validation import InputError, look_up
@@ -102,10 +103,11 @@ class _Run:
     positions: tuple[np.ndarray, np.ndarray] = field(init=False)  # of the cells to train on, score
     identity: dict[str, Any] = field(init=False)
     hint: TimeHint = field(init=False)
+    processes: Processes = field(init=False)
 
     def __post_init__(self) -> None:
         """Split the data; refuse what cannot be trained."""
-        settings = self.data_settings
+        settings, self.processes = self.data_settings, self.trainer_settings.processes()
         shares = settings.train_size, settings.split_seed, settings.validation_size
         self.positions = split(self.data.label, *shares)
         if settings.early_stopping is not None:
@@ -115,10 +117,13 @@ class _Run:
         if self.plan.objective not in BUILT_IN:
             cells = self.data[self.positions[0][:TRIAL]].to(self.vae.y_prior.device)
             check_objective(self.vae, self.plan, cells)
+        if self.processes.n > 1:
+            self._check_shared()
         self.identity = self._identity()
         lengths = [phase.n_epochs(settings) for phase in PHASES]
         later = {phase.name: sum(lengths[i + 1 :]) for i, phase in enumerate(PHASES)}
         self.hint = TimeHint(self.vae.n_input, later)
+        self.hint.silent |= self.processes.rank > 0
 
     def resumable(self, saved: Saved) -> Saved:
         """The same checkpoint; InputError if this run cannot go on from it."""
@@ -138,11 +143,14 @@ class _Run:
         train, validation = self._loaders(first_epoch)
         if here is not None:  # Lightning tells the sampler from the second epoch on
             train.sampler.set_epoch(here.n_epochs)  # type: ignore[attr-defined]  # it is ours
-        trainer, module = self._trainer(phase), self._module(phase, first_epoch)
+        trainer = self._trainer(phase, [] if self.processes.n == 1 else [self._agreement(here)])
+        module = self._module(phase, first_epoch)
         module.train()  # Lightning keeps the mode that it finds
-        torch.manual_seed(self.data_settings.seed + first_epoch)
+        seed = self.data_settings.seed + first_epoch
+        torch.manual_seed(seed ^ (self.processes.rank << 40))  # draws of its own
         path = None if here is None else here.path
-        with stop_on_interrupt(trainer):
+        gather = gathered if self.processes.n > 1 else None
+        with stop_on_interrupt(trainer), gathering(self.vae, gather):
             trainer.fit(module, train, validation, ckpt_path=path, weights_only=True)
         return not trainer.should_stop
 
@@ -153,12 +161,13 @@ class _Run:
         surroundings = {"threads": told(), "data": checkpoints.digest(self.data)}
         return fixed | self.trainer_settings.computing() | surroundings
 
-    def _trainer(self, phase: Phase) -> lightning.Trainer:
+    def _trainer(self, phase: Phase, before: Sequence[Callback]) -> lightning.Trainer:
         """A Lightning Trainer that writes nothing by itself; InputError if it refuses its settings.
 
         It does for a device that is not there.
         """
-        settings, callbacks = self.trainer_settings, self._callbacks(phase)
+        settings, callbacks = self.trainer_settings, [*before, *self._callbacks(phase)]
+        together = self.processes.trainer_arguments(settings.devices)
         kinds = {  # Lightning refuses such callbacks where it is told to have none
             "enable_checkpointing": Checkpoint,
             "enable_progress_bar": LightningProgressBar,
@@ -168,7 +177,6 @@ class _Run:
         arguments: dict[str, Any] = {
             "max_epochs": phase.n_epochs(self.data_settings),
             "accelerator": settings.accelerator,
-            "devices": 1 if settings.devices == "auto" else settings.devices,
             "precision": settings.precision,
             "callbacks": callbacks,
             "logger": settings.logger,
@@ -179,7 +187,9 @@ class _Run:
             "plugins": WholeFiles(),
         }
         try:
-            return lightning.Trainer(**(arguments | enabled | dict(settings.trainer_kwargs)))
+            return lightning.Trainer(
+                **(arguments | enabled | together | dict(settings.trainer_kwargs))
+            )
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             raise InputError(f"Lightning's Trainer refuses to run like this: {error}") from error
 
@@ -187,7 +197,7 @@ class _Run:
         """Ours, those of the model, and where the scores are watched those of the user."""
         settings = self.trainer_settings
         callbacks: list[Callback] = [LastGoodWeights()]
-        if settings.progress_bar:
+        if settings.progress_bar and not self.processes.rank:
             callbacks.append(ProgressBar())
         if settings.checkpoint_dir is not None:
             callbacks.append(LastCheckpoint(user_path(settings.checkpoint_dir)))
@@ -210,21 +220,35 @@ class _Run:
             self.history,
             self.identity,
             None if n_per_label is None else partial(self._classified, n_per_label),
+            self.processes,
         )
 
     def _loaders(self, first_epoch: int) -> tuple[DataLoader, DataLoader | None]:
         """Of the cells to train on and of those to score, None where there are none."""
         settings, (train, validation) = self.data_settings, self.positions
         shuffled = settings.batch_size, settings.seed, first_epoch, settings.class_balanced
-        loader = training_loader(self.data.subset(train), *shuffled)
+        share = self.processes.share
+        loader = training_loader(self.data.subset(train), *shuffled, share)
         if not len(validation):
             return loader, None
-        return loader, ordered_loader(self.data.subset(validation), settings.batch_size)
+        return loader, ordered_loader(self.data.subset(validation), settings.batch_size, share)
 
     def _classified(self, n_per_label: int, epoch: int) -> np.ndarray:
         """Which training cells count in the classification term, drawn anew in each epoch."""
         rng = np.random.default_rng([self.data_settings.seed, epoch, 1])
         return subsampled_labels(self.data.label[self.positions[0]], n_per_label, rng)
+
+    def _check_shared(self) -> None:
+        """Refuse what several processes cannot train as one would."""
+        check_batch_norms(self.vae)
+        for positions, what in zip(self.positions, ("to train on", "to score"), strict=True):
+            self.processes.check_smallest(len(positions), self.data_settings.batch_size, what)
+
+    def _agreement(self, saved: Saved | None) -> Agreement:
+        """What all processes must share: they may differ in threads, of which none must know."""
+        done = None if saved is None else saved.n_epochs
+        told = {k: v for k, v in self.identity.items() if k != "threads"}
+        return Agreement(self.processes, told | {"epochs of the checkpoint": done})
 
     def _check_scored(self, name: str) -> None:
         """Refuse to watch scores that never come."""

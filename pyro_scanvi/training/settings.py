@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pyro_scanvi.model.objective import Bound
 from pyro_scanvi.model.objectives import ELBO, Objective
 from pyro_scanvi.model.scanvae import SCANVAE
+from pyro_scanvi.training.ranks import ALONE, Processes, launched
 from pyro_scanvi.training.trainer import free_arguments
 from pyro_scanvi.validation import (
     InputError,
@@ -42,6 +43,7 @@ CHECKS: dict[Any, Callable[..., None]] = {
 RISING = ("elbo", "accuracy", "macro_f1")  # metrics that training raises; it lowers the others
 FALLING = ("reconstruction", "cross_entropy", "calibration_error")
 TRAIN, VALIDATION = "train", "validation"  # splits whose scores a plan may watch
+STRATEGIES: dict[str, Callable[..., Processes]] = {"auto": lambda _: ALONE, "ddp": launched}
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 PLAIN = (str, int, float, bool, complex, type(None))
 COMPUTING = ("accumulate_grad_batches", "limit_train_batches", "limit_val_batches")
@@ -216,7 +218,7 @@ class DataSettings:
     train_size, validation_size
         Shares of the cells to train on and to score; a `validation_size` of None is the rest.
     batch_size
-        Cells in a minibatch.
+        Cells in a minibatch, of each process where several train.
     n_samples_per_label
         At most so many cells of each label, drawn anew in each epoch, count in the classification
         term; None is all.
@@ -288,7 +290,9 @@ class TrainerSettings:
     callbacks, logger
         Lightning's, beside our own.
     accelerator, devices, precision
-        As for Lightning's Trainer; one device.
+        As for Lightning's Trainer; one device, or with "ddp" those of this machine.
+    strategy
+        "auto" is one process; "ddp" those that a launcher has started.
     checkpoint_dir
         Folder for the checkpoint of the last epoch; None writes none.
     progress_bar
@@ -301,6 +305,7 @@ class TrainerSettings:
     logger: Logger | Sequence[Logger] | bool = False
     accelerator: str = "auto"
     devices: int | str | Sequence[int] = "auto"
+    strategy: str = "auto"
     precision: str = "32-true"
     checkpoint_dir: str | Path | None = None
     progress_bar: bool = True
@@ -314,6 +319,7 @@ class TrainerSettings:
                 "and their likelihoods leave the range of 16-bit floats"
             )
         self._check_devices()
+        self.processes()
         check_flags(progress_bar=self.progress_bar)
         _check_all(Callback, callbacks=self.callbacks)
         if self.logger not in (None, True, False):
@@ -322,6 +328,10 @@ class TrainerSettings:
         if not isinstance(self.trainer_kwargs, Mapping):
             raise InputError(f"trainer_kwargs={self.trainer_kwargs!r}, expected a dict")
         check_known(self.trainer_kwargs, free_arguments(), "a free argument of Lightning's Trainer")
+
+    def processes(self) -> Processes:
+        """Those that train; InputError where no launcher has started them."""
+        return look_up(STRATEGIES, self.strategy, "strategy")(self.devices)
 
     @property
     def scores(self) -> bool:
@@ -336,14 +346,16 @@ class TrainerSettings:
     def computing(self) -> dict[str, Any]:
         """What a run that resumes one with these settings must share."""
         given = {k: self.trainer_kwargs[k] for k in COMPUTING if k in self.trainer_kwargs}
-        return {"precision": self.precision} | given
+        n = self.processes().n
+        together = {"processes": n} if n > 1 else {}  # nothing, as before there were several
+        return {"precision": self.precision} | given | together
 
     def _check_devices(self) -> None:
         index = isinstance(self.devices, list | tuple) and len(self.devices) == 1
-        if not index and self.devices not in ("auto", 1, "1"):
+        if self.strategy == "auto" and not index and self.devices not in ("auto", 1, "1"):
             raise InputError(
                 f"devices={self.devices!r}, expected 'auto', 1 or a list of one index: training "
-                "runs on one device"
+                "runs on one device, but with strategy='ddp' (docs/many_machines.md)"
             )
 
 

@@ -15,6 +15,8 @@ NOISE = (
     ".*have no `val_dataloader`.*",
     ".*treespec, LeafSpec.*",
     ".*Checkpoint directory .* exists and is not empty.*",
+    ".*recommended to use .*sync_dist=True.*",  # scores are already those of all processes
+    ".*find_unused_parameters=True was specified in DDP constructor.*",  # the warm start has some
 )
 OURS = (  # arguments of Lightning's Trainer that train spells out or decides
     "accelerator",
@@ -34,6 +36,8 @@ OURS = (  # arguments of Lightning's Trainer that train spells out or decides
     "num_nodes",
     "plugins",
     "overfit_batches",  # Lightning would replace the sampler
+    "use_distributed_sampler",  # and here
+    "sync_batchnorm",  # ours are so, on the CPU too
     "val_check_interval",  # the history has one scoring for an epoch
 )
 
@@ -47,9 +51,11 @@ def free_arguments() -> list[str]:
 def stop_on_interrupt(trainer: lightning.Trainer) -> Iterator[None]:
     """On Ctrl-C stop after the minibatch at hand; on a second one at once.
 
-    Lightning's own way ends the interpreter. Signals reach the main thread only.
+    Lightning's own way ends the interpreter, as it should where several processes train: they
+    would not stop at the same minibatch. Signals reach the main thread only.
     """
-    if threading.current_thread() is not threading.main_thread():
+    in_main = threading.current_thread() is threading.main_thread()
+    if trainer.world_size > 1 or not in_main:
         yield
         return
 

@@ -75,7 +75,7 @@ def test_to_moves_every_tensor(covariates):
         cells = replace(cells, weight=torch.ones(4), classified=torch.ones(4) > 0, **more)
     cells = replace(cells, shared={"pi": torch.ones(3)}, extra={"p": torch.ones(4, 2)}).to("meta")
     assert {cells.shared["pi"].device.type, cells.extra["p"].device.type} == {"meta"}
-    others = ("n_obs", "shared", "extra")
+    others = ("n_obs", "shared", "extra", "pooled")
     tensors = [getattr(cells, f.name) for f in fields(cells) if f.name not in others]
     assert {t.device.type for t in tensors if t is not None} == {"meta"}
     assert [t is None for t in tensors].count(True) == (0 if covariates else len(OPTIONAL) + 4)

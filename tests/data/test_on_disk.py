@@ -20,6 +20,7 @@ from pyro_scanvi.data.minibatches import (
     UNLABELED,
     CellData,
     MinibatchSampler,
+    Share,
     ordered_loader,
     total_counts,
     training_loader,
@@ -313,6 +314,19 @@ def test_an_epoch_by_windows(monkeypatch, epoch):
         assert (abs([(label[w] == code).sum() for w in windows] - expected) < 3).all()
     apart = [(np.diff(np.sort(window[label[window] < 0])) > 1).sum() for window in windows]
     assert max(apart) <= 160 / 16 + 2  # blocks, where cells alone would stand apart 130 times
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_shares_of_processes_are_the_larger_minibatch(balanced):
+    """Each reads its own cells of the same windows."""
+    label, settings = sorted_by_type(), {"seed": 2, "balanced": balanced}
+    whole = BlockSampler(Asked(5), label, 32, **settings)
+    parts = [BlockSampler(Asked(5), label, 16, share=Share(r, 2), **settings) for r in (0, 1)]
+    for minibatch, *shares in zip(whole, *parts, strict=True):
+        assert sorted(np.concatenate(shares)) == sorted(minibatch)
+    held = [sampler.counts.held for sampler in (whole, *parts)]
+    for window, *shares in zip(*held, strict=True):
+        assert sorted(np.concatenate(shares)) == sorted(window)
 
 
 def test_class_balance_by_windows(monkeypatch):
