@@ -24,7 +24,7 @@ from pyro_scanvi.names import names_of
 from pyro_scanvi.validation import InputError, check_known
 
 UNKNOWN_COLOUR = "lightgrey"
-ROWS = 20  # of a legend, which then has more than two columns
+ROWS = 20  # of a legend, which then has more columns
 MOST_NUMBERS = 25  # labels of a confusion matrix whose cells are counted in the picture
 TITLES = {  # of curves
     "elbo": "ELBO, nats per cell",
@@ -187,7 +187,9 @@ def composition(
         axis.barh(rows, shares[name], left=starts[name], color=chosen[name])
     axis.set(xlabel="share of the cells", xlim=(0, 1))
     axis.invert_yaxis()
-    _legend_below(axis, {name: chosen[name] for name in counts.columns}, "s", -0.15)
+    shown = {name: chosen[name] for name in counts.columns}
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    axis.legend(_handles(shown, "s"), shown, ncols=_columns(shown), **beside)
     return axis
 
 
@@ -216,7 +218,9 @@ def map_of_names(
     axis = _axes(ax)
     chosen = _colours(np.unique(called), colours)
     _scatter(points, [chosen[name] for name in called], axis)
-    _legend_below(axis, {n: c for n, c in chosen.items() if (called == n).any()}, "o", 0)
+    shown = {name: colour for name, colour in chosen.items() if (called == name).any()}
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
+    axis.legend(_handles(shown, "o"), shown, ncols=max(2, _columns(shown)), **below)
     return axis
 
 
@@ -261,12 +265,12 @@ def _colours(names: Iterable[str], given: Mapping[str, str] | None) -> Mapping[s
     return found
 
 
-def _legend_below(ax: Axes, colours: Mapping[str, str], marker: str, top: float) -> None:
-    """Of colours by name, from a height in shares of the axes."""
-    handles = [Line2D([], [], marker=marker, linestyle="", color=c) for c in colours.values()]
-    columns = max(2, -(-len(colours) // ROWS))
-    anchor = (0.5, top)
-    ax.legend(handles, colours, ncols=columns, loc="upper center", bbox_to_anchor=anchor)
+def _handles(colours: Mapping[str, str], marker: str) -> list[Line2D]:
+    return [Line2D([], [], marker=marker, linestyle="", color=c) for c in colours.values()]
+
+
+def _columns(colours: Mapping[str, str]) -> int:
+    return -(-len(colours) // ROWS)
 
 
 def _scatter(points: np.ndarray, colours: Any, ax: Axes, **scale: Any) -> PathCollection:
