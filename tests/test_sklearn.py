@@ -13,7 +13,6 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, PredefinedSplit, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks
-from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 from pyro_scanvi import SCANVAE, SCANVI, InputError
@@ -55,13 +54,17 @@ def fitted(adata, y) -> SCANVIClassifier:
 
 
 @pytest.mark.slow
-@parametrize_with_checks(
-    [small(to_counts=as_counts)],
-    expected_failed_checks=lambda _: EXPECTED_FAILED_CHECKS,
-    xfail_strict=True,
-)
-def test_the_contract(estimator, check):
-    check(estimator)
+def test_the_contract_is_kept_but_for_what_is_named():
+    """All at once: names of single checks would have the address of `as_counts` in them."""
+    classifier, named = small(to_counts=as_counts), EXPECTED_FAILED_CHECKS
+    found = pd.DataFrame(
+        estimator_checks.check_estimator(
+            classifier, expected_failed_checks=named, on_fail=None, on_skip=None
+        )
+    )
+    assert found.loc[found["status"] == "failed", ["check_name", "exception"]].empty
+    assert set(found.loc[found["status"] == "xfail", "check_name"]) == set(named)
+    assert (found["status"] == "passed").sum() > 50
 
 
 @pytest.mark.slow
