@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
+from scipy.stats import binomtest, rankdata
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.neighbors import NearestNeighbors
 
@@ -48,6 +48,38 @@ def expected_calibration_error(
     bins = confidence_bins(confidence, n_bins)
     gaps = np.bincount(bins, weights=correct - confidence, minlength=n_bins)
     return float(np.abs(gaps).sum() / len(correct))
+
+
+def reliability(correct: np.ndarray, confidence: np.ndarray) -> pd.DataFrame:
+    """Are answers as often right as they say? By the bins of the expected calibration error.
+
+    Parameters
+    ----------
+    correct
+        Whether each answer is right, (n,).
+    confidence
+        Its probability, (n,).
+
+    Returns
+    -------
+    DataFrame
+        A row for each bin with cells: ``cells``; mean ``confidence``; share that is ``right``, and
+        the ends of its 95 % interval (Wilson), ``low`` and ``high``.
+
+    Examples
+    --------
+    >>> reliability(np.array([True, False]), np.array([0.9, 0.9]))[["cells", "right"]]
+       cells  right
+    0      2    0.5
+    """
+    bins = confidence_bins(confidence)
+    rows = []
+    for code in np.unique(bins):
+        chosen = bins == code
+        right = int(correct[chosen].sum())
+        spread = binomtest(right, int(chosen.sum())).proportion_ci(method="wilson")
+        rows.append((chosen.sum(), confidence[chosen].mean(), correct[chosen].mean(), *spread))
+    return pd.DataFrame(rows, columns=["cells", "confidence", "right", "low", "high"])
 
 
 def label_scores(label: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:

@@ -13,8 +13,8 @@ from pyro_scanvi.posterior.trained import Trained
 
 ROOT = Path(pyro_scanvi.__file__).parent
 LAYERS = [  # from above; what stands in one line does not know the others of it
-    {"app", "__init__"},
-    {"criticism", "experiments", "testing"},
+    {"app", "sklearn", "__init__"},
+    {"criticism", "experiments", "pl", "testing"},
     {"estimator"},
     {"training", "posterior", "surgery", "extensions"},
     {"model"},

@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from pyro_scanvi import pl
 from pyro_scanvi.app import plotting
+from pyro_scanvi.app.scoring import Judged
 from pyro_scanvi.app.seen import BY_RULES, COVERAGE, REJECT, Seen, leak_sentence
 from pyro_scanvi.validation import InputError
 
@@ -21,11 +23,6 @@ FARTHEST = 10  # cells that are named
 N_MARKERS, N_DRAWS = 5, 1000
 SEEN_IN = 0.1  # share of the cells of a type that a marker is found in
 PACKAGES = ("pyro-scanvi", "torch", "pyro-ppl", "lightning", "anndata", "scanpy", "numpy", "scipy")
-CURVES = {
-    "elbo": "ELBO, nats per cell",
-    "cross_entropy": "cross-entropy, nats per labelled cell",
-    "accuracy": "accuracy of the classifier on labelled cells",
-}
 
 
 @dataclass(frozen=True)
@@ -91,19 +88,15 @@ def maps(seen: Seen) -> Part:
     of = f"UMAP of {len(drawn)} cells, coloured by"
 
     def by_name(what: str, names: np.ndarray, colours: dict[str, str]) -> Picture:
-        def draw(ax: Axes) -> None:
-            plotting.plot_names(points, names[drawn], colours, ax).set_title(what)
-
+        draw = titled(what, partial(pl.map_of_names, points, names[drawn], colours=colours))
         return Picture(f"{of} {what}: {', '.join(np.unique(names))}", plotting.as_uri(draw))
 
     def by_number(what: str, values: np.ndarray) -> Picture:
-        def draw(ax: Axes) -> None:
-            plotting.plot_numbers(points, values[drawn], ax).set_title(what)
-
+        draw = titled(what, partial(pl.map_of_shares, points, values[drawn]))
         return Picture(f"{of} {what}, mean {values.mean():.2f}", plotting.as_uri(draw))
 
     given, predicted = (np.array([short[n] for n in a]) for a in (seen.given, seen.predicted))
-    labels = plotting.palette(sorted({*given, *predicted}), short[unlabeled])
+    labels = pl.palette(sorted({*given, *predicted}), short[unlabeled])
     pictures = [
         by_name("given label", given, labels),
         by_name("predicted label", predicted, labels),
@@ -112,9 +105,8 @@ def maps(seen: Seen) -> Part:
     if seen.unfamiliar is not None:
         pictures.append(by_number("novelty", seen.unfamiliar.novelty))
     if seen.batch is not None:
-        names = short_names(set(seen.batch))
-        batch = np.array([names[n] for n in seen.batch])
-        pictures.append(by_name("batch", batch, plotting.palette(sorted(set(batch)), "")))
+        batch = _shortened(seen.batch)
+        pictures.append(by_name("batch", batch, pl.palette(sorted(set(batch)))))
     sentences = (
         [] if len(drawn) == n_cells else [f"{len(drawn)} cells, drawn at random, are shown."]
     )
@@ -132,6 +124,17 @@ def maps(seen: Seen) -> Part:
     )
 
 
+def titled(title: str, draw: Callable[..., Axes]) -> Callable[..., Axes]:
+    """The same picture with a title."""
+
+    def with_title(ax: Axes) -> Axes:
+        axis = draw(ax=ax)
+        axis.set_title(title)
+        return axis
+
+    return with_title
+
+
 def leak(seen: Seen) -> Part:
     """Do labelled cells lie on islands?"""
     found = seen.leak()
@@ -146,7 +149,14 @@ def leak(seen: Seen) -> Part:
         if sentence
         else ["No label has two labelled cells and an unlabelled one, so that it cannot be told."],
         [Table.of("Leak by type", found.rename_axis("type").to_frame())] if len(found) else [],
+        [_leak_picture(found)] if len(found) else [],
     )
+
+
+def _leak_picture(found: pd.Series) -> Picture:
+    alt = f"Leak by type: between {found.min():.2f} and {found.max():.2f}"
+    drawn = found.rename(short_names(set(found.index)))
+    return Picture(alt, plotting.as_uri(partial(pl.leak, drawn), 5, 1 + 0.3 * len(drawn)))
 
 
 def held_out_labels(seen: Seen) -> Part:
@@ -179,31 +189,33 @@ def held_out_labels(seen: Seen) -> Part:
             Table.of("Scores by type", judged.by_type()),
             Table.of("Reliability", bins),
         ],
-        [_confusion_picture(judged.confusion()), _reliability_picture(bins, scores)],
+        [_confusion_picture(judged), _reliability_picture(judged)],
     )
 
 
-def _confusion_picture(confusion: pd.DataFrame) -> Picture:
-    short = short_names(set(confusion.index))
-    renamed = confusion.rename(index=short, columns=short)
+def _confusion_picture(judged: Judged) -> Picture:
+    confusion = judged.confusion()
     right = int(np.trace(confusion.to_numpy()))
     mistakes = confusion.where(~np.eye(len(confusion), dtype=bool), 0).stack()
     worst = ", ".join(
         f"{n} of {label} for {answer}" for (label, answer), n in mistakes.nlargest(3).items() if n
     )
     side = 3 + 0.3 * len(confusion)
+    names = _shortened(np.array(judged.names, dtype=object))
+    draw = partial(pl.confusion, names[judged.label], names[judged.answer])
     return Picture(
-        f"Confusion matrix: {right} of {confusion.to_numpy().sum()} cells are right; most often "
+        f"Confusion matrix: {right} of {len(judged.label)} cells are right; most often "
         f"taken wrongly: {worst or 'none'}",
-        plotting.as_uri(partial(plotting.plot_confusion, renamed), side + 1, side),
+        plotting.as_uri(draw, side + 1, side),
     )
 
 
-def _reliability_picture(bins: pd.DataFrame, scores: dict[str, float]) -> Picture:
-    error = scores["calibration_error"]
+def _reliability_picture(judged: Judged) -> Picture:
+    error = judged.scores()["calibration_error"]
+    draw = partial(pl.reliability, judged.answer == judged.label, judged.soft.max(1))
     return Picture(
         f"Share of right answers by confidence; expected calibration error {error:.3f}",
-        plotting.as_uri(partial(plotting.plot_reliability, bins), 5),
+        plotting.as_uri(draw, 5),
     )
 
 
@@ -220,12 +232,14 @@ def cells_by_type(seen: Seen) -> Part:
         }
     )
     tables = [Table.of("Cells by predicted type", table.rename_axis("type"))]
+    pictures = [_confidence_picture(seen)]
     sentences = []
     if seen.batch is None:
         sentences.append("There is one batch, so that there is no table by batch.")
     else:
         by_batch = pd.crosstab(pd.Series(seen.predicted, name="type"), seen.batch)
         tables.append(Table.of("Cells by predicted type and batch", by_batch))
+        pictures.append(_composition_picture(seen.predicted, seen.batch))
     missing = [name for name in seen.soft.columns if name not in table.index]
     if missing:
         sentences.append(f"No cell is predicted to be {', '.join(missing)}.")
@@ -236,7 +250,24 @@ def cells_by_type(seen: Seen) -> Part:
         "that batch's own shift.",
         sentences,
         tables,
+        pictures,
     )
+
+
+def _confidence_picture(seen: Seen) -> Picture:
+    types = np.unique(seen.predicted)
+    draw = partial(pl.confidence, _shortened(seen.predicted), seen.confidence)
+    alt = (
+        f"Confidence by predicted type; the median of all cells is {np.median(seen.confidence):.2f}"
+    )
+    return Picture(alt, plotting.as_uri(draw, 6, 1 + 0.3 * len(types)))
+
+
+def _composition_picture(types: np.ndarray, batch: np.ndarray) -> Picture:
+    n_types, n_batches = len(np.unique(types)), len(np.unique(batch))
+    draw = partial(pl.composition, _shortened(types), _shortened(batch))
+    alt = f"Shares of {n_types} predicted types in the cells of each of {n_batches} batches"
+    return Picture(alt, plotting.as_uri(draw, 6, 1 + 0.3 * n_batches))
 
 
 def cells_to_look_at(seen: Seen) -> Part:
@@ -280,11 +311,11 @@ def cells_to_look_at(seen: Seen) -> Part:
 def losses(seen: Seen) -> Part:
     """Curves of training."""
     history, pictures = seen.model.history, []
-    for column, title in CURVES.items():
+    for column, title in pl.TITLES.items():
         if column in history.columns and history[column].notna().any():
             last = history.groupby("split")[column].last().dropna()
             alt = ", ".join(f"{split} ends at {value:.4g}" for split, value in last.items())
-            draw = partial(plotting.plot_history, history, column, title)
+            draw = partial(pl.history, history, column)
             pictures.append(Picture(f"{title}, by epoch: {alt}", plotting.as_uri(draw, 5, 3.5)))
     return Part(
         "Training",
@@ -385,3 +416,9 @@ def short_names(names: set[str]) -> dict[str, str]:
     half = LONGEST_NAME // 2
     short = {n: n if len(n) <= LONGEST_NAME else f"{n[:half]}...{n[-half:]}" for n in names}
     return short if len(set(short.values())) == len(names) else {n: n for n in names}
+
+
+def _shortened(names: np.ndarray) -> np.ndarray:
+    """Each of an array of names, if it is long."""
+    short = short_names(set(names))
+    return np.array([short[name] for name in names], dtype=object)

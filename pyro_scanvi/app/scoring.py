@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from pyro_scanvi.metrics import confidence_bins, label_scores
+from pyro_scanvi.metrics import label_scores, reliability
 
 
 @dataclass(frozen=True)
@@ -70,41 +69,9 @@ class Judged:
         return pd.DataFrame(confusion_matrix(self.label, self.answer, labels=codes), names, names)
 
     def reliability(self) -> pd.DataFrame:
-        """:func:`reliability` of the answers."""
+        """:func:`~pyro_scanvi.metrics.reliability` of the answers."""
         return reliability(self.answer == self.label, self.soft.max(1))
 
     def record(self) -> dict[str, Any]:
         """Scores, and those by type, as plain numbers."""
         return {**self.scores(), "by_type": self.by_type().to_dict(orient="index")}
-
-
-def reliability(correct: np.ndarray, confidence: np.ndarray) -> pd.DataFrame:
-    """Are answers as often right as they say? By the bins of the expected calibration error.
-
-    Parameters
-    ----------
-    correct
-        Whether each answer is right, (n,).
-    confidence
-        Its probability, (n,).
-
-    Returns
-    -------
-    DataFrame
-        A row for each bin with cells: ``cells``; mean ``confidence``; share that is ``right``, and
-        the ends of its 95 % interval (Wilson), ``low`` and ``high``.
-
-    Examples
-    --------
-    >>> reliability(np.array([True, False]), np.array([0.9, 0.9]))[["cells", "right"]]
-       cells  right
-    0      2    0.5
-    """
-    bins = confidence_bins(confidence)
-    rows = []
-    for code in np.unique(bins):
-        chosen = bins == code
-        right = int(correct[chosen].sum())
-        spread = binomtest(right, int(chosen.sum())).proportion_ci(method="wilson")
-        rows.append((chosen.sum(), confidence[chosen].mean(), correct[chosen].mean(), *spread))
-    return pd.DataFrame(rows, columns=["cells", "confidence", "right", "low", "high"])

@@ -24,9 +24,9 @@ from pyro_scanvi.app.parts import (
     short_names,
 )
 from pyro_scanvi.app.report import rendered, write_report
-from pyro_scanvi.app.scoring import Judged, reliability
+from pyro_scanvi.app.scoring import Judged
 from pyro_scanvi.app.seen import Seen, leak_sentence
-from pyro_scanvi.metrics import expected_calibration_error
+from pyro_scanvi.metrics import expected_calibration_error, reliability
 from tests.examples import as_they_are, file_limit, simulated, small_model
 from tests.scripts import ROOT, load
 
@@ -188,7 +188,7 @@ def test_what_stands_in_it(pages):
     assert len(page.of("section")) == len(PARTS)
     assert {*HOSTILE.values(), "</table>b2"} <= set(page.said)
     assert len(page.of("script")) == 0
-    assert len(page.of("img")) == 5 + 2 + 3  # maps, held-out labels, curves
+    assert len(page.of("img")) == 5 + 1 + 2 + 2 + 3  # maps, leak, held-out labels, types, curves
     assert all(len(image["alt"]) > 20 for image in page.of("img"))
     assert all(image["src"].startswith("data:image/svg") for image in page.of("img"))
     assert len(page.of("table")) == len(page.of("caption"))

@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pyro_scanvi import SCANVI, InputError
-from pyro_scanvi.app.plotting import plot_history
+from pyro_scanvi import SCANVI, InputError, pl
 from pyro_scanvi.model.label_noise import FixedNoise
 from pyro_scanvi.posterior.importance import log_joint
 from tests.examples import SMALL, TYPES, as_they_are, simulated
@@ -177,7 +176,7 @@ def test_without_any_exact_label_there_is_no_accuracy():
     model = train(made(adata, setup={"label_sets": sets}))
     assert np.isfinite(model.history["cross_entropy"]).all()
     assert "accuracy" not in model.history
-    curves = plot_history(model.history, "cross_entropy", "", plt.figure().gca())
+    curves = pl.history(model.history, "cross_entropy")
     assert len(curves.lines) == model.history["split"].nunique()
     plt.close("all")
 
