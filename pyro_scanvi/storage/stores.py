@@ -5,7 +5,6 @@ A format is a class: what it reads, what it may replace, and how an array is lai
 
 import os
 import re
-import tempfile
 import time
 import warnings
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from zarr.abc.buffer import Buffer
 
 from pyro_scanvi.storage.files import (
     Unfailing,
+    beside,
     check_folder,
     disk_errors,
     exists,
@@ -256,7 +256,10 @@ def read_anndata(path: Path) -> ad.AnnData:
 
 
 def write_anndata(
-    adata: ad.AnnData, path: Path, layout: Mapping[str, Any] = DEFAULT_LAYOUT
+    adata: ad.AnnData,
+    path: Path,
+    layout: Mapping[str, Any] = DEFAULT_LAYOUT,
+    overwrite: bool = True,
 ) -> None:
     """Write an AnnData, whole or not at all; strings stay strings, of their type.
 
@@ -268,25 +271,28 @@ def write_anndata(
         Its suffix names the format; what stands there is replaced at the end.
     layout
         As :func:`layout_of` gives it; by default an .h5ad file is not compressed.
+    overwrite
+        Whether what stands there may be replaced.
 
     Raises
     ------
     InputError
-        If the disk is full, or refuses to be written.
+        If the disk is full, or refuses to be written; if something stands there that may not be
+        replaced.
     """
     with disk_errors(path):
-        _write(adata, path, layout)
+        _write(adata, path, layout, overwrite)
 
 
 def check_storable(adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> None:
     """Refuse what the format of `path` cannot hold, by writing one cell and one gene of it."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+    with disk_errors(path), beside(path) as folder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             corner = adata[:1, :1].copy()
         try:
             with disk_errors(path):
-                _write(corner, (Path(folder) / "trial").with_suffix(path.suffix), layout)
+                _write(corner, (folder / "trial").with_suffix(path.suffix), layout)
         except InputError:
             raise
         except Exception as error:  # anndata, h5py and zarr refuse in many ways
@@ -294,9 +300,11 @@ def check_storable(adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> 
             raise InputError(message) from error
 
 
-def _write(adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> None:
+def _write(
+    adata: ad.AnnData, path: Path, layout: Mapping[str, Any], overwrite: bool = True
+) -> None:
     written = format_of(path)
-    with written.replacing(path) as temporary, warnings.catch_warnings():
+    with written.replacing(path, overwrite) as temporary, warnings.catch_warnings():
         # Of slashes in names, and of what later versions of the formats will do.
         warnings.simplefilter("ignore")
         with ad.settings.override(allow_write_nullable_strings=True):

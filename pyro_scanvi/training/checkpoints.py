@@ -21,7 +21,15 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from pyro_scanvi.data.minibatches import CELLS_AT_ONCE, CellData, total_counts
-from pyro_scanvi.storage.files import Unfailing, check_makeable, disk_errors, replacing, user_path
+from pyro_scanvi.storage.files import (
+    Unfailing,
+    check_makeable,
+    disk_errors,
+    exists,
+    reading_errors,
+    replacing,
+    user_path,
+)
 from pyro_scanvi.validation import InputError
 
 KEY = "pyro_scanvi"
@@ -43,17 +51,41 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps the checkpoint of the last epoch that ended."""
+    """Keeps the checkpoint of the last epoch that ended.
+
+    Each one replaces that which this run wrote, found or went on from, and none that another
+    process has written meanwhile.
+    """
 
     def __init__(self, folder: Path):
         self.path = folder / LAST
+        self.standing = _state_of(self.path)
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule
     ) -> None:
         """Lightning calls this after all other callbacks and the module."""
         if trainer.is_last_batch:  # not where Ctrl-C or a limit of steps cut the epoch short
+            self._check_ours()
             trainer.save_checkpoint(self.path)
+            self.standing = _state_of(self.path)
+
+    def _check_ours(self) -> None:
+        now = _state_of(self.path)
+        if now is not None and now != self.standing:
+            raise InputError(
+                f"another process has written {self.path} while this one trained, which stops "
+                "here; let one run alone write into a checkpoint_dir, and go on from it with "
+                "ckpt_path='last'"
+            )
+
+
+def _state_of(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another one at its place; None where there is none."""
+    if not exists(path):
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def find(ckpt_path: str | Path | None, folder: str | Path | None) -> Path | None:
@@ -119,13 +151,18 @@ class Saved:
 
 def read(path: Path) -> Saved:
     """A checkpoint of :class:`LastCheckpoint`; InputError if it is damaged or something else."""
-    if not path.is_file():
+    if not exists(path):
         raise InputError(f"there is no checkpoint {path}; expected the {LAST} of a checkpoint_dir")
+    with reading_errors(path):
+        return _read(path)
+
+
+def _read(path: Path) -> Saved:
     try:
         _check_whole(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return _told_of(path, checkpoint)
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     except (pickle.UnpicklingError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no checkpoint of pyro_scanvi: {error}") from error
