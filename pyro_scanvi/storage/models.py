@@ -122,9 +122,10 @@ def _check_files(directory: Path, with_anndata: bool) -> None:
 
 def _cells(path: Path, record: Mapping[str, Any]) -> AnnData:
     """Those saved with a model; the first ones that were have no checksum."""
-    if "cells_sha256" in record:
+    is_known = "cells_sha256" in record
+    if is_known:
         _check_digest(path, _digest_of_file(path), record["cells_sha256"])
-    return read_anndata(path)
+    return read_anndata(path, is_known)
 
 
 def _undamaged(path: Path, digest: str) -> bytes:
