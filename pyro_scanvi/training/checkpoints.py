@@ -5,6 +5,7 @@ A checkpoint is Lightning's own (weights, optimiser, schedules, loops, callbacks
 """
 
 import hashlib
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ from pyro_scanvi.validation import InputError
 KEY = "pyro_scanvi"
 LAST = "last.ckpt"
 PREFIX = "vae."  # of the model's tensors in a checkpoint
+MARK = b"pyro_scanvi sha256 "  # of the whole archive, in its comment
 LATEST = "2"  # rule by which a fingerprint of the data is taken
 MENDS = {"threads": " (torch.set_num_threads sets it)"}  # what is no argument of train
 
@@ -46,8 +48,10 @@ class WholeFiles(TorchCheckpointIO):
         """Write one; its folder is made if it is not there."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with disk_errors(path), replacing(path) as temporary, Unfailing(temporary) as file:
-            torch.save(checkpoint, file)  # type: ignore[arg-type]  # it writes to any raw file
+        with disk_errors(path), replacing(path) as temporary:
+            with Unfailing(temporary) as file:
+                torch.save(checkpoint, file)  # type: ignore[arg-type]  # it writes to any raw file
+            _add_digest(temporary)
 
 
 class LastCheckpoint(Checkpoint):
@@ -282,8 +286,26 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def _add_digest(path: Path) -> None:
+    """Write the SHA-256 of an archive into its comment, with which it ends; it had none."""
+    with path.open("r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        comment = MARK + digest.encode()
+        file.seek(-2, os.SEEK_END)
+        file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def _check_digest(path: Path) -> None:
+    """ValueError if the archive is not the one of which its comment tells; old ones have none."""
+    content = path.read_bytes()
+    archive, mark, digest = content.rpartition(MARK)
+    if mark and hashlib.sha256(archive[:-2] + b"\0\0").hexdigest() != digest.decode("latin1"):
+        raise ValueError("its checksum is wrong")
+
+
 def _check_whole(path: Path) -> None:
-    """torch does not look at the checksums of the archive that it writes."""
+    """torch looks neither at our checksum nor at those of the archive that it writes."""
+    _check_digest(path)
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
     if broken is not None:

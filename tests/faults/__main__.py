@@ -30,7 +30,10 @@ def killed(stride: int) -> Iterable[tuple[str, Counter[str]]]:
             with tempfile.TemporaryDirectory() as folder:
                 killing = Killing(writing, Path(folder), old)
                 place = "over an old one" if old else "where there is none"
-                yield f"{name}, {place}: killed at a step", steps(killing, stride)
+                yield (
+                    f"{name}, {place}: killed at a step",
+                    steps(killing, lambda n: range(0, n, stride)),
+                )
                 yield f"{name}, {place}: killed at a byte", sizes(killing, 3)
                 yield f"{name}, {place}: disk full", sizes(killing, 3, filled_at_byte)
 
@@ -58,7 +61,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=0, help="kill at each so many steps")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
-    told(damaged(given.damaged, given.others))
+    told(damaged(given.damaged, given.others) if given.damaged else ())
     told(killed(given.stride) if given.stride else ())
     told(configured(given.configurations) if given.configurations else ())
 

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 
 from pyro_scanvi import SCANVI, InputError
@@ -56,24 +56,33 @@ class Writing:
 # ---- the kill -----------------------------------------------------------------------------------
 
 
-def killed_at_step(work: Work, step: int, *arguments) -> None:
-    """Do it, and be killed before that step."""
-    left = [step]
-
-    def count() -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+def at_each_step(work: Work, do: Callable[[], object], *arguments) -> None:
+    """Do the work, and something else before each step."""
 
     def listen(event: str, given: tuple) -> None:
         opened = event == "open" and isinstance(given[2], int) and given[2] & os.O_ACCMODE
         if opened or event in EVENTS:
-            count()
+            do()
 
     write = Unfailing.write
-    Unfailing.write = lambda self, data: (count(), write(self, data))[1]
+    Unfailing.write = lambda self, data: (do(), write(self, data))[1]
     sys.addaudithook(listen)
     work(*arguments)
+
+
+def killed_at_step(work: Work, step: int, *arguments) -> None:
+    """Do it, and be killed before that step."""
+    numbers = count()
+    at_each_step(
+        work, lambda: next(numbers) == step and os.kill(os.getpid(), signal.SIGKILL), *arguments
+    )
+
+
+def counted(work: Work, said: Path, *arguments) -> None:
+    """Do it, and write down the number of steps."""
+    numbers = count()
+    at_each_step(work, lambda: next(numbers), *arguments)
+    said.write_text(f"{next(numbers)}")
 
 
 def killed_at_byte(work: Work, size: int, *arguments) -> None:
@@ -179,9 +188,16 @@ class Killing:
         if old:
             assert exit_code_of(writing.write, self.template / writing.name, 0) == 0
 
+    def n_steps(self) -> int:
+        """Of writing it; those of threads may be one more or less another time."""
+        place, said = self._place(), self.folder / "said"
+        exit_code_of(counted, self.writing.write, said, place / self.writing.name, 1)
+        shutil.rmtree(place)
+        return int(said.read_text())
+
     def outcome(self, kill: Work, when: int) -> str | None:
         """What stands there after a kill, with a step or a size; None where none came."""
-        place = Path(shutil.copytree(self.template, self.folder / "place"))
+        place = self._place()
         try:
             path = place / self.writing.name
             code = exit_code_of(kill, self.writing.write, when, path, 1)
@@ -195,6 +211,10 @@ class Killing:
         finally:
             shutil.rmtree(place)
 
+    def _place(self) -> Path:
+        """A folder to write into."""
+        return Path(shutil.copytree(self.template, self.folder / "place"))
+
     def _say(self, path: Path, said: Path) -> None:
         """What is there; then it is written again, after which no trace of the kill is left."""
         warnings.simplefilter("ignore")
@@ -207,16 +227,13 @@ class Killing:
         said.write_text(there if whole and there in expected else f"not whole: {there}")
 
 
-def steps(killing: Killing, stride: int = 1) -> Counter[str]:
-    """What came of a kill before each step, or of some of them."""
-    return _until_none(killing, killed_at_step, range(0, 10**6, stride))
+def steps(killing: Killing, chosen: Callable[[int], Iterable[int]]) -> Counter[str]:
+    """What came of a kill before each of the steps that are chosen, given their number."""
+    found = (killing.outcome(killed_at_step, step) for step in chosen(killing.n_steps()))
+    return Counter(outcome for outcome in found if outcome is not None)
 
 
 def sizes(killing: Killing, growth: float = 1.5, kill: Work = killed_at_byte) -> Counter[str]:
     """What came of a kill, or of a full disk, at the byte of a file, for sizes that grow."""
-    return _until_none(killing, kill, (int(growth**i) for i in range(200)))
-
-
-def _until_none(killing: Killing, kill: Work, points: Iterable) -> Counter[str]:
-    found = (killing.outcome(kill, point) for point in points)
+    found = (killing.outcome(kill, int(growth**i)) for i in range(200))
     return Counter(takewhile(lambda outcome: outcome is not None, found))

@@ -16,7 +16,7 @@ from pyro_scanvi.training.checkpoints import LastCheckpoint, read
 from tests.examples import simulated, small_model
 from tests.faults.children import REFUSED, WENT_WELL, as_nobody, exit_codes_of
 
-ATTEMPTS = 5
+ATTEMPTS = 3
 
 
 def trained(seed: int) -> SCANVI:
