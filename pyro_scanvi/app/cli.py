@@ -105,7 +105,7 @@ def annotate(
         adata = columns.kept(adata, run.say)
         model = trained(adata, labels, columns, network, training, run.progress_bar)
         model.annotate()
-        write_anndata(adata, output, layout)
+        write_anndata(adata, output, layout, common.overwrite)
         run.say(f"annotated cells: {output}")
         run.tell(model, report)
 
@@ -196,7 +196,7 @@ def query(
         model.annotate()
         if cells is not adata:
             _copy_answers(cells, adata)
-        write_anndata(adata, output, layout)
+        write_anndata(adata, output, layout, common.overwrite)
         run.say(f"annotated cells: {output}")
         if save_model is not None:
             model.save(save_model, common.overwrite)
@@ -311,7 +311,7 @@ def experiment(
             setup=columns.setup(),
             progress_bar=run.progress_bar,
         )
-        with disk_errors(output), replacing(output) as temporary:
+        with disk_errors(output), replacing(output, common.overwrite) as temporary:
             found.to_csv(temporary, index=False)
         run.say(f"measurements: {output}")
         means = summary(found)

@@ -46,11 +46,11 @@ def write_report(model: SCANVI, path: str | Path) -> Path:
     return write_page(Seen.by(model), path)
 
 
-def write_page(seen: Seen, path: Path) -> Path:
+def write_page(seen: Seen, path: Path, overwrite: bool = True) -> Path:
     """The same of answers that are there."""
     with drawn_alike():
         page = rendered([part(seen) for part in PARTS])
-    with disk_errors(path), replacing(path) as temporary:
+    with disk_errors(path), replacing(path, overwrite) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 

@@ -64,7 +64,7 @@ class Run:
             return
         seen = Seen.by(model)
         if report is not None:
-            self.say(f"report: {write_page(seen, report)}")
+            self.say(f"report: {write_page(seen, report, self.common.overwrite)}")
             self.say(leak_sentence(seen.leak()) or "leak of labels: it cannot be told")
         settings = {"model": model.vae_arguments, "training": model.training_settings}
         self.summary |= {"figures": seen.figures(), "settings": settings}
@@ -85,7 +85,7 @@ class Run:
         if path == STDOUT:
             print(text)
             return
-        with disk_errors(path), replacing(path) as temporary:
+        with disk_errors(path), replacing(path, self.common.overwrite) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
         self.say(f"summary: {path}")
 

@@ -4,6 +4,7 @@ Training reads a window of cells at once and makes its minibatches of them. A wi
 of cells that stand together in the file, drawn at random, and its share of the cells of each label.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -31,9 +32,22 @@ def stays_on_disk(matrix: Any) -> bool:
 
 
 class DenseRows:
-    """Rows of an array: ``rows[start:stop]`` reads some."""
+    """Rows of an array: ``rows[start:stop]`` reads some.
+
+    Warns
+    -----
+    UserWarning
+        If a store misses a part of it, which then counts as zeros.
+    """
 
     def __init__(self, array: h5py.Dataset | zarr.Array):
+        if _lacks_chunks(array):
+            warnings.warn(
+                f"files of {array.path} of the counts on the disk are missing; they count as "
+                "zeros, which is right only if all of them are zero: if the store was copied, "
+                "compare it with the original",
+                stacklevel=2,
+            )
         self.array, self.shape, self.dtype = array, array.shape, array.dtype
         self.bytes_of_a_cell = 4 * array.shape[1]  # in memory
         self.gap = max(GAP, _chunk_of(array))
@@ -68,11 +82,15 @@ class SparseRows:
         n_values = self.data.shape[0]
         fits = len(self.start) == self.shape[0] + 1 and self.indices.shape[0] == n_values
         rises = self.start[0] == 0 and self.start[-1] == n_values and (np.diff(self.start) >= 0)
-        chunked = [a for a in (self.data, self.indices) if isinstance(a, zarr.Array)]
-        lacking = [a.path for a in chunked if a.nchunks_initialized < a.nchunks]
+        lacking = [a.path for a in (self.data, self.indices) if _lacks_chunks(a)]
         if lacking or not (fits and np.all(rises)):
             reason = f"a part of {lacking[0]} is missing" if lacking else "its arrays do not fit"
             raise InputError(f"the sparse matrix of the counts on the disk is broken: {reason}")
+
+
+def _lacks_chunks(array: h5py.Dataset | zarr.Array) -> bool:
+    """Whether a chunk has no file: zarr reads zeros then, whether it holds them or is lost."""
+    return isinstance(array, zarr.Array) and array.nchunks_initialized < array.nchunks
 
 
 def _chunk_of(array: h5py.Dataset | zarr.Array) -> int:

@@ -80,7 +80,7 @@ class Saved:
             consensus=from_arrays(rules) if rules else None,
         )
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Path, overwrite: bool) -> None:
         """Into a folder, whole or not at all; InputError for what JSON cannot hold."""
         record = {
             "version": version("pyro-scanvi"),
@@ -95,7 +95,7 @@ class Saved:
             "freeze": None if self.freeze is None else asdict(self.freeze),
         }
         rules = None if self.consensus is None else to_arrays(self.consensus)
-        models.write_model(directory, self.state, record, self.cells, rules)
+        models.write_model(directory, self.state, record, self.cells, rules, overwrite)
 
     def check_class(self, module_class: type[SCANVAE]) -> None:
         """Refuse to put weights into another class than they were saved from."""

@@ -901,7 +901,7 @@ class SCANVI(
             cells=self._training_anndata() if save_anndata else None,
             consensus=self.consensus() if self.label_method == CONSENSUS else None,
         )
-        saved.write(directory)
+        saved.write(directory, overwrite)
 
     @classmethod
     def load(

@@ -1,9 +1,14 @@
 """Paths as users give them, and what is written there: whole or not at all."""
 
+import ctypes
+import errno
 import io
 import os
 import shlex
+import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,8 +16,20 @@ from typing import TYPE_CHECKING
 
 from pyro_scanvi.validation import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # of collections.abc, from Python 3.12 on
+
+PART = ".part"  # how the names of folders end that hold what is not whole yet
+JUST_MADE = 10  # seconds
+ROOM = "; make room, or write to another disk"
+ALLOWED = "; write into a folder that you may change"
+CURES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EACCES: ALLOWED, errno.EROFS: ALLOWED}
+HERE, NO_REPLACE, EXCHANGE = -100, 1, 2  # of Linux: AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
@@ -24,36 +41,125 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved onto it if the block succeeds, removed if not."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp lets nobody else read
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def replacing(path: Path, overwrite: bool = True) -> Iterator[Path]:
+    """A path for a new file, which is moved onto `path` if the block succeeds, removed if not.
+
+    Raises
+    ------
+    InputError
+        Unless `overwrite`, if something stands at `path` at the end: another process wrote it.
+    """
+    with beside(path) as folder:
+        fresh = (folder / "fresh").with_suffix(path.suffix)
+        yield fresh
+        if overwrite:
+            fresh.replace(path)
+        else:
+            _move_to_nothing(fresh, path)
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder; one that stands at `path` is moved away at the end, then removed."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as beside:
-        fresh, old = Path(beside) / "fresh", Path(beside) / "old"
+def replacing_folder(path: Path, overwrite: bool = True) -> Iterator[Path]:
+    """The same for a new folder, which is there; one that stands at `path` is removed at the end.
+
+    Where the system can exchange two folders in one step, as Linux can on most file systems,
+    there is a whole one at `path` at any time.
+    """
+    with beside(path) as folder:
+        fresh, old = folder / "fresh", folder / "old"
         fresh.mkdir()
         yield fresh
-        if os.path.lexists(path):
-            path.replace(old)
-        try:
+        if not (overwrite and os.path.lexists(path)):
+            _move_to_nothing(fresh, path)
+        elif not _renamed(fresh, path, EXCHANGE):
+            _move_in_two_steps(fresh, path, old)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for what is not whole yet; it is removed at the end.
+
+    A kill leaves it. The system then ends its lock, by which the next to write to `path` knows
+    that nobody writes into it any more, and removes it.
+    """
+    with suppress(OSError):  # the folder may not be listed
+        _sweep(path)
+    made = tempfile.TemporaryDirectory(dir=path.parent, prefix=_mark(path), suffix=PART)
+    with made as folder, _lock(Path(folder)):
+        yield Path(folder)
+
+
+def _mark(path: Path) -> str:
+    """How the names of folders beside `path` begin; no name may be longer than 255 bytes."""
+    return f".{path.name[:40]}."
+
+
+def _sweep(path: Path) -> None:
+    """Remove the folders that killed processes left beside `path`."""
+    beside_it = (f for f in path.parent.iterdir() if f.name.startswith(_mark(path)))
+    for folder in (f for f in beside_it if f.name.endswith(PART)):
+        with suppress(OSError), _lock(folder) as is_ours:
+            # One that was made just now is not locked yet.
+            if is_ours and time.time() - folder.stat().st_mtime > JUST_MADE:
+                shutil.rmtree(folder)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Whether this process has got the lock of a folder, which no other process gets then."""
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = True
+    except OSError:  # another process has it, or the file system knows no locks
+        is_ours = False
+    try:
+        yield is_ours
+    finally:
+        os.close(descriptor)
+
+
+def _move_to_nothing(fresh: Path, path: Path) -> None:
+    """Move a file or a folder to where there is nothing; InputError where there is something."""
+    try:
+        if not _renamed(fresh, path, NO_REPLACE):
+            if os.path.lexists(path):
+                raise FileExistsError
             fresh.replace(path)
-        except OSError:
-            if os.path.lexists(old):
-                old.replace(path)
-            raise
+    except FileExistsError:
+        raise InputError(
+            f"{path} was not there before and is now: another process has written it; it stays as "
+            "it is, overwrite=True would replace it",
+            {"overwrite": True},
+        ) from None
+
+
+def _move_in_two_steps(fresh: Path, path: Path, old: Path) -> None:
+    """Move `path` away and `fresh` there; `path` comes back where that fails."""
+    path.replace(old)
+    try:
+        fresh.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+
+
+def _renamed(path: Path, to: Path, how: int) -> bool:
+    """Rename in one step, as Linux can and Python cannot; False where the system cannot."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(HERE, os.fsencode(path), HERE, os.fsencode(to), how) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(error, os.strerror(error), str(to))
 
 
 @contextmanager
@@ -76,8 +182,21 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise InputError(f"{path} cannot be written: {reason}") from error
+        cure = CURES.get(error.errno or 0, "")
+        raise InputError(f"{path} cannot be written: {_reason(error)}{cure}") from error
+
+
+@contextmanager
+def reading_errors(path: Path) -> Iterator[None]:
+    """InputError for what the system refuses while `path` is read."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 class Unfailing(io.RawIOBase):

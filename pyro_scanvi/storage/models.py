@@ -1,7 +1,7 @@
 """A trained model as a folder: weights as safetensors, all else as JSON. Nothing is pickled.
 
-``model.json`` holds the SHA-256 of the weights and of itself, so that a damaged folder is an error
-and never a model that is silently wrong.
+``model.json`` holds the SHA-256 of each other file and of itself, so that a damaged folder is an
+error and never a model that is silently wrong.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from pyro_scanvi.storage.files import (
     disk_errors,
     exists,
     making_parents,
+    reading_errors,
     replacing_folder,
 )
 from pyro_scanvi.storage.stores import read_anndata, write_anndata
@@ -53,6 +54,7 @@ def write_model(
     record: Mapping[str, Any],
     adata: AnnData | None = None,
     rules: Mapping[str, np.ndarray] | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write a folder whole or not at all, and those above it; an old one is replaced at the end.
 
@@ -68,14 +70,19 @@ def write_model(
     arrays = save_arrays({k: np.ascontiguousarray(v) for k, v in (rules or {}).items()})
     if rules:
         record["rules_sha256"] = _digest(arrays)
-    record["record_sha256"] = _digest(_canonical(record))
-    with disk_errors(directory), making_parents(directory), replacing_folder(directory) as fresh:
+    with (
+        disk_errors(directory),
+        making_parents(directory),
+        replacing_folder(directory, overwrite) as fresh,
+    ):
         (fresh / WEIGHTS).write_bytes(weights)
-        (fresh / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         if rules:
             (fresh / RULES).write_bytes(arrays)
         if adata is not None:
             write_anndata(adata, fresh / CELLS)
+            record["cells_sha256"] = _digest_of_file(fresh / CELLS)
+        record["record_sha256"] = _digest(_canonical(record))
+        (fresh / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def read_model(
@@ -88,6 +95,20 @@ def read_model(
     InputError
         If a file is missing or damaged, or was written by a later version.
     """
+    with reading_errors(directory):
+        _check_files(directory, with_anndata)
+        record = _read_record(directory / RECORD)
+        state = load_safetensors(_undamaged(directory / WEIGHTS, record["weights_sha256"]))
+        state |= {name: state[first] for name, first in record.get("same_tensors", {}).items()}
+        rules: dict[str, np.ndarray] = {}
+        if "rules_sha256" in record:
+            rules = load_arrays(_undamaged(directory / RULES, record["rules_sha256"]))
+        cells = _cells(directory / CELLS, record) if with_anndata else None
+    return state, record, cells, rules
+
+
+def _check_files(directory: Path, with_anndata: bool) -> None:
+    """Refuse a folder that lacks a file, which it names."""
     for name in (RECORD, WEIGHTS):
         if not (directory / name).is_file():
             theirs = any(directory.glob("*model.pt"))
@@ -97,21 +118,26 @@ def read_model(
             )
     if with_anndata and not (directory / CELLS).is_file():
         raise InputError(f"{directory} was saved without its cells; give them: load(dir, adata)")
-    record = _read_record(directory / RECORD)
-    state = load_safetensors(_undamaged(directory / WEIGHTS, record["weights_sha256"]))
-    state |= {name: state[first] for name, first in record.get("same_tensors", {}).items()}
-    rules: dict[str, np.ndarray] = {}
-    if "rules_sha256" in record:
-        rules = load_arrays(_undamaged(directory / RULES, record["rules_sha256"]))
-    return state, record, read_anndata(directory / CELLS) if with_anndata else None, rules
+
+
+def _cells(path: Path, record: Mapping[str, Any]) -> AnnData:
+    """Those saved with a model; the first ones that were have no checksum."""
+    is_known = "cells_sha256" in record
+    if is_known:
+        _check_digest(path, _digest_of_file(path), record["cells_sha256"])
+    return read_anndata(path, is_known)
 
 
 def _undamaged(path: Path, digest: str) -> bytes:
     """The bytes of a file; InputError if they are not those that were written."""
     found = path.read_bytes() if path.is_file() else b""
-    if _digest(found) != digest:
-        raise InputError(f"{path} is damaged: its checksum is not that of the record")
+    _check_digest(path, _digest(found), digest)
     return found
+
+
+def _check_digest(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise InputError(f"{path} is damaged: its checksum is not that of the record")
 
 
 def plain(value: Any, name: str) -> Any:
@@ -173,3 +199,9 @@ def _canonical(record: Mapping[str, Any]) -> bytes:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    """The same of a file that may be too large for the memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,8 @@ A format is a class: what it reads, what it may replace, and how an array is lai
 
 import os
 import re
-import tempfile
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -21,8 +22,10 @@ import zarr
 from scipy.sparse import issparse
 from zarr.abc.buffer import Buffer
 
+from pyro_scanvi.storage import probe
 from pyro_scanvi.storage.files import (
     Unfailing,
+    beside,
     check_folder,
     disk_errors,
     exists,
@@ -33,6 +36,7 @@ from pyro_scanvi.storage.files import (
 from pyro_scanvi.validation import InputError
 
 LARGEST_EXPANSION = 1000
+PATIENCE, BYTES_A_SECOND = 60, 10**7  # of the process that looks at an .h5ad file first: seconds
 PACKED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # first bytes
 NODES = ("zarr.json", ".zgroup", ".zarray")  # each group and array of a store has one of them
 SPARSE = ("csr_matrix", "csc_matrix")
@@ -64,6 +68,20 @@ class H5ad:
         if packed:
             raise InputError(f"{path} is packed by {packed} as a whole; unpack it first")
         raise InputError(f"{path} is no .h5ad file, or it is truncated")
+
+    def check_harmless(self, path: Path) -> None:
+        """Refuse a file on which HDF5 crashes or comes to no end, as another process finds out."""
+        command = [sys.executable, "-P", probe.__file__, str(path)]
+        limit = PATIENCE + path.stat().st_size / BYTES_A_SECOND
+        try:
+            told = subprocess.run(command, capture_output=True, timeout=limit, check=False).stdout
+        except subprocess.TimeoutExpired as error:
+            told = error.stdout or b""
+        except OSError:  # a program that holds Python inside may not tell where Python is
+            return
+        words = told.decode(errors="replace").split()
+        if probe.BEGUN in words and probe.ENDED not in words:
+            raise ValueError("HDF5 crashes on it, or comes to no end")
 
     def check_replaceable(self, path: Path) -> None:
         """Refuse to replace a folder."""
@@ -105,6 +123,9 @@ class Zarr:
             raise InputError(
                 f"the folder {path} is no .zarr store: there is neither zarr.json nor .zgroup in it"
             )
+
+    def check_harmless(self, path: Path) -> None:
+        """zarr is Python, which raises."""
 
     def check_replaceable(self, path: Path) -> None:
         """Refuse to replace anything but a zarr store of an AnnData."""
@@ -225,8 +246,15 @@ def _check_apart(path: Path, source: Path) -> None:
         raise InputError(f"the input {source} lies in the output {path}; write it elsewhere")
 
 
-def read_anndata(path: Path) -> ad.AnnData:
+def read_anndata(path: Path, is_known: bool = False) -> ad.AnnData:
     """An AnnData from an .h5ad file or a .zarr store, whatever its name; InputError if it is none.
+
+    Parameters
+    ----------
+    path
+        The file or the folder.
+    is_known
+        Whether its checksum is known to be that of a whole one.
 
     Warns
     -----
@@ -238,6 +266,8 @@ def read_anndata(path: Path) -> ad.AnnData:
     found = FORMATS[".zarr" if path.is_dir() else ".h5ad"]
     try:
         found.check_readable(path)
+        if not is_known:
+            found.check_harmless(path)
         with warnings.catch_warnings():  # what they warn of is checked later, or harmless
             warnings.simplefilter("ignore")
             adata, gaps = found.read(path)
@@ -256,7 +286,10 @@ def read_anndata(path: Path) -> ad.AnnData:
 
 
 def write_anndata(
-    adata: ad.AnnData, path: Path, layout: Mapping[str, Any] = DEFAULT_LAYOUT
+    adata: ad.AnnData,
+    path: Path,
+    layout: Mapping[str, Any] = DEFAULT_LAYOUT,
+    overwrite: bool = True,
 ) -> None:
     """Write an AnnData, whole or not at all; strings stay strings, of their type.
 
@@ -268,25 +301,28 @@ def write_anndata(
         Its suffix names the format; what stands there is replaced at the end.
     layout
         As :func:`layout_of` gives it; by default an .h5ad file is not compressed.
+    overwrite
+        Whether what stands there may be replaced.
 
     Raises
     ------
     InputError
-        If the disk is full, or refuses to be written.
+        If the disk is full, or refuses to be written; if something stands there that may not be
+        replaced.
     """
     with disk_errors(path):
-        _write(adata, path, layout)
+        _write(adata, path, layout, overwrite)
 
 
 def check_storable(adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> None:
     """Refuse what the format of `path` cannot hold, by writing one cell and one gene of it."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+    with disk_errors(path), beside(path) as folder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             corner = adata[:1, :1].copy()
         try:
             with disk_errors(path):
-                _write(corner, (Path(folder) / "trial").with_suffix(path.suffix), layout)
+                _write(corner, (folder / "trial").with_suffix(path.suffix), layout)
         except InputError:
             raise
         except Exception as error:  # anndata, h5py and zarr refuse in many ways
@@ -294,9 +330,11 @@ def check_storable(adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> 
             raise InputError(message) from error
 
 
-def _write(adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> None:
+def _write(
+    adata: ad.AnnData, path: Path, layout: Mapping[str, Any], overwrite: bool = True
+) -> None:
     written = format_of(path)
-    with written.replacing(path) as temporary, warnings.catch_warnings():
+    with written.replacing(path, overwrite) as temporary, warnings.catch_warnings():
         # Of slashes in names, and of what later versions of the formats will do.
         warnings.simplefilter("ignore")
         with ad.settings.override(allow_write_nullable_strings=True):

@@ -5,6 +5,7 @@ A checkpoint is Lightning's own (weights, optimiser, schedules, loops, callbacks
 """
 
 import hashlib
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -21,12 +22,21 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from pyro_scanvi.data.minibatches import CELLS_AT_ONCE, CellData, total_counts
-from pyro_scanvi.storage.files import Unfailing, check_makeable, disk_errors, replacing, user_path
+from pyro_scanvi.storage.files import (
+    Unfailing,
+    check_makeable,
+    disk_errors,
+    exists,
+    reading_errors,
+    replacing,
+    user_path,
+)
 from pyro_scanvi.validation import InputError
 
 KEY = "pyro_scanvi"
 LAST = "last.ckpt"
 PREFIX = "vae."  # of the model's tensors in a checkpoint
+MARK = b"pyro_scanvi sha256 "  # of the whole archive, in its comment
 LATEST = "2"  # rule by which a fingerprint of the data is taken
 MENDS = {  # what is no argument of train
     "threads": " (torch.set_num_threads sets it)",
@@ -41,22 +51,48 @@ class WholeFiles(TorchCheckpointIO):
         """Write one; its folder is made if it is not there."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with disk_errors(path), replacing(path) as temporary, Unfailing(temporary) as file:
-            torch.save(checkpoint, file)  # type: ignore[arg-type]  # it writes to any raw file
+        with disk_errors(path), replacing(path) as temporary:
+            with Unfailing(temporary) as file:
+                torch.save(checkpoint, file)  # type: ignore[arg-type]  # it writes to any raw file
+            _add_digest(temporary)
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps the checkpoint of the last epoch that ended."""
+    """Keeps the checkpoint of the last epoch that ended.
+
+    Each one replaces that which this run wrote, found or went on from, and none that another
+    process has written meanwhile.
+    """
 
     def __init__(self, folder: Path):
         self.path = folder / LAST
+        self.standing = _state_of(self.path)
 
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule
     ) -> None:
         """Lightning calls this after all other callbacks and the module."""
         if trainer.is_last_batch:  # not where Ctrl-C or a limit of steps cut the epoch short
+            self._check_ours()
             trainer.save_checkpoint(self.path)
+            self.standing = _state_of(self.path)
+
+    def _check_ours(self) -> None:
+        now = _state_of(self.path)
+        if now is not None and now != self.standing:
+            raise InputError(
+                f"another process has written {self.path} while this one trained, which stops "
+                "here; let one run alone write into a checkpoint_dir, and go on from it with "
+                "ckpt_path='last'"
+            )
+
+
+def _state_of(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another one at its place; None where there is none."""
+    if not exists(path):
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def find(ckpt_path: str | Path | None, folder: str | Path | None) -> Path | None:
@@ -122,13 +158,18 @@ class Saved:
 
 def read(path: Path) -> Saved:
     """A checkpoint of :class:`LastCheckpoint`; InputError if it is damaged or something else."""
-    if not path.is_file():
+    if not exists(path):
         raise InputError(f"there is no checkpoint {path}; expected the {LAST} of a checkpoint_dir")
+    with reading_errors(path):
+        return _read(path)
+
+
+def _read(path: Path) -> Saved:
     try:
         _check_whole(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return _told_of(path, checkpoint)
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     except (pickle.UnpicklingError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no checkpoint of pyro_scanvi: {error}") from error
@@ -248,8 +289,26 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def _add_digest(path: Path) -> None:
+    """Write the SHA-256 of an archive into its comment, with which it ends; it had none."""
+    with path.open("r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        comment = MARK + digest.encode()
+        file.seek(-2, os.SEEK_END)
+        file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def _check_digest(path: Path) -> None:
+    """ValueError if the archive is not the one of which its comment tells; old ones have none."""
+    content = path.read_bytes()
+    archive, mark, digest = content.rpartition(MARK)
+    if mark and hashlib.sha256(archive[:-2] + b"\0\0").hexdigest() != digest.decode("latin1"):
+        raise ValueError("its checksum is wrong")
+
+
 def _check_whole(path: Path) -> None:
-    """torch does not look at the checksums of the archive that it writes."""
+    """torch looks neither at our checksum nor at those of the archive that it writes."""
+    _check_digest(path)
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
     if broken is not None:

@@ -233,6 +233,19 @@ def test_a_missing_chunk_is_refused(tmp_path):
     assert "a part of X/data is missing" in message(adata)
 
 
+def test_a_missing_chunk_of_dense_counts_is_told_of(tmp_path):
+    """It may be one of zeros, as zarr writes none: genes that no cell of it has."""
+    adata = simulated()
+    with warnings.catch_warnings(), ad.settings.override(zarr_write_format=3):
+        warnings.simplefilter("ignore")  # of later versions of zarr
+        adata.write_zarr(tmp_path / "cells.zarr", chunks=(60, 10))
+    adata = opened(zarr.open_group(tmp_path / "cells.zarr", mode="r"))
+    SCANVI.setup_anndata(adata, "cell_type", "Unknown")
+    (tmp_path / "cells.zarr" / "X" / "c" / "1" / "1").unlink()
+    with pytest.warns(UserWarning, match="files of X of the counts on the disk are missing"):
+        SCANVI(adata, n_hidden=4)
+
+
 def test_questions_of_all_counts_at_once_are_refused_with_a_cure(tmp_path):
     adata = backed(simulated(), tmp_path)
     with pytest.raises(InputError, match="n_top_genes reads all counts at once, .* sample = adata"):

@@ -3,7 +3,10 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import anndata as ad
@@ -15,6 +18,7 @@ import zarr
 from scipy.sparse import csc_matrix, csr_matrix
 
 from pyro_scanvi import SCANVI, InputError
+from pyro_scanvi.storage import stores
 from pyro_scanvi.storage.stores import (
     Compression,
     check_output,
@@ -28,6 +32,14 @@ from tests.examples import as_they_are, file_limit, simulated
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def check_harmless(monkeypatch):
+    """The look of another process at an .h5ad file, which takes its time: here it is left out."""
+    check = stores.H5ad.check_harmless
+    monkeypatch.setattr(stores.H5ad, "check_harmless", lambda self, path: None)
+    return check
 
 
 # ---- AnnData ------------------------------------------------------------------------------------
@@ -408,6 +420,45 @@ def test_flipped_bits(path, seed):
         return
     as_they_are(SCANVI(adata, n_hidden=2)).predict()
     write_anndata(adata[::2].copy(), path)
+
+
+LOOKS = {  # what the other process does, and whether the file is then read
+    "it crashes": ("print('begun', flush=True); os.abort()", False),
+    "it comes to no end": ("print('begun', flush=True); time.sleep(60)", False),
+    "it does not start": ("raise ImportError", True),
+    "it ends": ("print('begun'); print('ended')", True),
+}
+
+
+@pytest.mark.parametrize(("does", "reads"), LOOKS.values(), ids=LOOKS)
+def test_another_process_looks_first(path, tmp_path, monkeypatch, check_harmless, does, reads):
+    script = tmp_path / "probe.py"
+    script.write_text(f"import os, time\n{does}")
+    monkeypatch.setattr(stores.H5ad, "check_harmless", check_harmless)
+    monkeypatch.setattr(stores.probe, "__file__", str(script))
+    monkeypatch.setattr(stores, "PATIENCE", 1)
+    message = f"{path} is damaged or holds no AnnData: HDF5 crashes on it, or comes to no end"
+    with nullcontext() if reads else pytest.raises(InputError, match=message):
+        assert read_anndata(path).n_obs == 24
+    if reads:
+        read_anndata(path, is_known=True)
+
+
+def test_nobody_knows_where_python_is(path, monkeypatch, check_harmless):
+    monkeypatch.setattr(sys, "executable", "/none")
+    check_harmless(stores.H5ad(), path)
+
+
+def test_the_look_finds_nothing_wrong_with_a_whole_file(path, check_harmless):
+    check_harmless(stores.H5ad(), path)
+    assert probe_says(path) == ["begun", "ended"]
+    path.write_bytes(path.read_bytes()[:3000])
+    assert probe_says(path) == ["begun", "ended"], "what Python can catch is left to the reader"
+
+
+def probe_says(path: Path) -> list[str]:
+    command = [sys.executable, "-P", stores.probe.__file__, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 
 # ---- damage to a store --------------------------------------------------------------------------

@@ -492,6 +492,18 @@ def test_truncated_checkpoints_are_found(checkpoint, tmp_path, share):
         run({}, ckpt_path=tmp_path / "last.ckpt")
 
 
+def test_another_archive_under_the_checksum_of_the_first_is_found(checkpoint, tmp_path):
+    """Whose parts all have the right CRC-32."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["epoch"] += 1
+    path = tmp_path / "last.ckpt"
+    torch.save(content, path)
+    comment = 2 + len("pyro_scanvi sha256 ") + 64
+    path.write_bytes(path.read_bytes()[:-2] + checkpoint.read_bytes()[-comment:])
+    with pytest.raises(InputError, match=r"last\.ckpt is damaged: its checksum is wrong"):
+        run({}, ckpt_path=path)
+
+
 class Evil:
     """Leaves a trace where it is unpickled."""
 
