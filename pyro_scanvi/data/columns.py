@@ -24,7 +24,8 @@ from pyro_scanvi.validation import InputError
 
 MISSING, UNSEEN = -2, -1  # codes of cells without a value, and with one that is not known
 INSTEAD = {  # by the type that is no AnnData
-    "MuData": ": that of its RNA, with the other modalities in obsm, which extra= names"
+    "MuData": ": that of its RNA, with the other modalities in obsm, which extra= names; "
+    "pyro_scanvi.data.mudata.as_anndata makes it"
 }
 MEND_UNSEEN = {  # by what is unseen
     "labels": "name new labels in extend_labels of SCANVI.load_query_data",

@@ -80,8 +80,11 @@ class Saved:
             consensus=from_arrays(rules) if rules else None,
         )
 
-    def write(self, directory: Path, overwrite: bool) -> None:
-        """Into a folder, whole or not at all; InputError for what JSON cannot hold."""
+    def write(self, directory: Path, overwrite: bool, card: str = "") -> None:
+        """Into a folder, whole or not at all; InputError for what JSON cannot hold.
+
+        `card` is a text for people, the folder's ``README.md``.
+        """
         record = {
             "version": version("pyro-scanvi"),
             "seed": self.seed,
@@ -95,7 +98,8 @@ class Saved:
             "freeze": None if self.freeze is None else asdict(self.freeze),
         }
         rules = None if self.consensus is None else to_arrays(self.consensus)
-        models.write_model(directory, self.state, record, self.cells, rules, overwrite)
+        given = self.state, record, self.cells, rules
+        models.write_model(directory, *given, overwrite=overwrite, card=card)
 
     def check_class(self, module_class: type[SCANVAE]) -> None:
         """Refuse to put weights into another class than they were saved from."""

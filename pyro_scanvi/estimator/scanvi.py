@@ -855,7 +855,11 @@ class SCANVI(
         return adata
 
     def save(
-        self, directory: str | Path, overwrite: bool = False, save_anndata: bool = False
+        self,
+        directory: str | Path,
+        overwrite: bool = False,
+        save_anndata: bool = False,
+        card: str = "",
     ) -> None:
         """Write the model into a folder, whole or not at all: safetensors and JSON, no pickle.
 
@@ -871,6 +875,9 @@ class SCANVI(
         save_anndata
             Write the training data too, for :meth:`load` without an AnnData: the AnnData as it
             is, but with the counts that the model was made with where they have changed since.
+        card
+            A text for people, written beside as ``README.md``; nothing reads it. Those of the
+            Hugging Face hub are made by :func:`pyro_scanvi.estimator.hub.to_hub_folder`.
 
         Raises
         ------
@@ -901,7 +908,7 @@ class SCANVI(
             cells=self._training_anndata() if save_anndata else None,
             consensus=self.consensus() if self.label_method == CONSENSUS else None,
         )
-        saved.write(directory, overwrite)
+        saved.write(directory, overwrite, card)
 
     @classmethod
     def load(

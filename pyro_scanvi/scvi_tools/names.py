@@ -141,8 +141,8 @@ SETUP_ANNDATA = {
     "protein_expression_obsm_key": PROTEIN,
     "protein_names_uns_key": "names of proteins are the columns of a DataFrame in obsm: "
     "SCANVI.setup_anndata(..., extra={'protein': 'obsm/...'}) reads it",
-    "modalities": "there is no MuData here; put the proteins into obsm of the AnnData of RNA, and "
-    "name them, SCANVI.setup_anndata(..., extra={'protein': 'obsm/...'})",
+    "modalities": "pyro_scanvi.data.mudata.as_anndata puts the proteins of a MuData into obsm of "
+    "the AnnData of RNA; name them, SCANVI.setup_anndata(..., extra={'protein': 'obsm/...'})",
 }
 MODEL = {
     "datamodule": "SCANVI.setup_anndata(adata, ...) checks cells, then SCANVI(adata) reads them",

@@ -1,9 +1,9 @@
 """Read what ``torch.save`` wrote without doing what its pickle says.
 
 A pickle is a program: it names functions and calls them. Here every name that torch does not itself
-hold to be harmless is refused, but for numpy's arrays, dictionaries and pandas' tables. Those are
-not made by numpy and pandas either: inert stand-ins take down what the pickle says of them, and
-arrays are built from that afterwards, from plain bytes and lists.
+hold to be harmless is refused, but for numpy's arrays, dictionaries, pandas' tables and torch's
+activations. Arrays and tables are not made by numpy and pandas either: inert stand-ins take down
+what the pickle says of them, and arrays are built from that afterwards, from plain bytes and lists.
 """
 
 import re
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from pyro_scanvi.storage.files import user_path
 from pyro_scanvi.validation import InputError
@@ -85,6 +86,11 @@ def _plain_dict(*_: Any) -> dict:
     return {}
 
 
+# What is given as activation_fn; their constructors keep numbers, and no more.
+ACTIVATIONS = (
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.ReLU, nn.ReLU6, nn.SELU),
+    *(nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh),
+)
 STAND_INS: dict[str, Any] = {
     "builtins.bytes": bytes,
     "builtins.dict": _plain_dict,
@@ -92,6 +98,7 @@ STAND_INS: dict[str, Any] = {
     "collections.defaultdict": _plain_dict,
     "numpy.dtype": _Type,
     "numpy.ndarray": _Array,
+    **{f"{activation.__module__}.{activation.__name__}": activation for activation in ACTIVATIONS},
     **{
         f"numpy.{core}.multiarray.{name}": stand_in
         for core in ("core", "_core")

@@ -106,7 +106,7 @@ class ScviSave:
 def read_save(
     directory: str | Path, prefix: str = "", allow: Mapping[str, Any] | None = None
 ) -> ScviSave:
-    """Read what ``SCVI.save`` or ``SCANVI.save`` of scvi-tools 1.x wrote; executes none of it.
+    """Read what ``SCVI.save`` or ``SCANVI.save`` of scvi-tools wrote; executes none of it.
 
     Parameters
     ----------
@@ -132,7 +132,7 @@ def read_save(
         return _save_of(saved)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} holds no SCVI or SCANVI that scvi-tools 1.x saved: {error!r}"
+            f"{path} holds no SCVI or SCANVI that scvi-tools saved: {error!r}"
         ) from error
 
 

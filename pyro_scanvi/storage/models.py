@@ -33,6 +33,7 @@ from pyro_scanvi.validation import InputError
 FORMAT = 2  # that of models with parts of one's own; all others are written as before
 WITHOUT_PARTS = 1
 WEIGHTS, RECORD, CELLS = "weights.safetensors", "model.json", "cells.h5ad"
+CARD = "README.md"
 RULES = "label_rules.safetensors"  # beside the weights, so that older versions open the model
 
 
@@ -55,11 +56,13 @@ def write_model(
     adata: AnnData | None = None,
     rules: Mapping[str, np.ndarray] | None = None,
     overwrite: bool = True,
+    card: str = "",
 ) -> None:
     """Write a folder whole or not at all, and those above it; an old one is replaced at the end.
 
     A tensor of several names, such as that of a network that two parts hold, is written once.
-    `rules` are further arrays, of the rules by which cells are labelled.
+    `rules` are further arrays, of the rules by which cells are labelled; `card` is a text for
+    people, which nothing reads.
     """
     same = _same_tensors(state)
     weights = save_safetensors({k: _own(v) for k, v in state.items() if k not in same})
@@ -78,6 +81,8 @@ def write_model(
         (fresh / WEIGHTS).write_bytes(weights)
         if rules:
             (fresh / RULES).write_bytes(arrays)
+        if card:
+            (fresh / CARD).write_text(card, encoding="utf-8")
         if adata is not None:
             write_anndata(adata, fresh / CELLS)
             record["cells_sha256"] = _digest_of_file(fresh / CELLS)

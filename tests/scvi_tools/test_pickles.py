@@ -73,12 +73,17 @@ def test_stand_ins_rebuild_arrays_and_nothing_else(tmp_path):
     assert found["nested"]["a"][0]["b"].tolist() == ["ab", "c"]
 
 
-def test_allowed_names(tmp_path):
+def test_activations_are_known(tmp_path):
     torch.save({"activation": torch.nn.SiLU}, tmp_path / "file.pt")
-    name = "torch.nn.modules.activation.SiLU"
+    assert pickles.read(tmp_path / "file.pt")["activation"] is torch.nn.SiLU
+
+
+def test_allowed_names(tmp_path):
+    torch.save({"layer": torch.nn.Bilinear}, tmp_path / "file.pt")
+    name = "torch.nn.modules.linear.Bilinear"
     with pytest.raises(InputError, match=name):
         pickles.read(tmp_path / "file.pt")
     before = set(torch.serialization.get_safe_globals())
-    found = pickles.read(tmp_path / "file.pt", allow={name: torch.nn.SiLU})
-    assert found["activation"] is torch.nn.SiLU
+    found = pickles.read(tmp_path / "file.pt", allow={name: torch.nn.Bilinear})
+    assert found["layer"] is torch.nn.Bilinear
     assert set(torch.serialization.get_safe_globals()) == before
