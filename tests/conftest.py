@@ -11,7 +11,8 @@ from pyro_scanvi import ELBO, SCANVI
 from tests.examples import simulated, small_model
 
 matplotlib.use("agg")
-collect_ignore = ["reference/make.py"]  # the search for examples would import scvi-tools
+# The search for examples would import scvi-tools.
+collect_ignore = ["reference/make.py", "reference/versions/make.py"]
 THREADS = torch.get_num_threads()  # see tests/__init__.py
 
 

@@ -73,7 +73,8 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Lightning calls this after all other callbacks and the module."""
         if trainer.is_last_batch:  # not where Ctrl-C or a limit of steps cut the epoch short
-            self._check_ours()
+            if trainer.is_global_zero:  # which writes; others may see the disk later
+                self._check_ours()
             trainer.save_checkpoint(self.path)
             self.standing = _state_of(self.path)
 
