@@ -149,7 +149,14 @@ def _import(module: str) -> Any:
 
 
 def _matrix(stored: zarr.Group | zarr.Array) -> Any:
-    return stored if isinstance(stored, zarr.Array) else ad.io.sparse_dataset(stored)
+    if isinstance(stored, zarr.Group):
+        return ad.io.sparse_dataset(stored)
+    if (stored.shards or stored.chunks)[1] < stored.shape[1]:  # MultiBasicIndexer counts them twice
+        raise InputError(
+            f"annbatch 0.3.1 misreads dense counts whose chunks, here {stored.chunks}, hold a part "
+            "of the genes; write them sparse, or with chunks of all genes"
+        )
+    return stored
 
 
 def _without_counts(group: zarr.Group) -> ad.AnnData:

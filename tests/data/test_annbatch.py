@@ -233,6 +233,10 @@ def test_stores_that_do_not_fit_are_refused(tmp_path, stores):
     dense = store(tmp_path / "dense.zarr", adata, np.asarray)
     with pytest.raises(InputError, match="annbatch refuses these stores: .* of the same type"):
         as_anndata([dense, *stores])
+    cut = zarr.open_group(tmp_path / "dense.zarr", mode="r+", use_consolidated=False)
+    cut.create_array("cut", data=adata.X, chunks=(9, 5))
+    with pytest.raises(InputError, match=r"dense counts whose chunks, here \(9, 5\), hold a part"):
+        as_anndata([cut], counts="cut")
     by_gene = store(tmp_path / "by_gene.zarr", adata, csc_matrix)
     with pytest.raises(InputError, match="sparse by gene"):
         as_anndata([by_gene])
