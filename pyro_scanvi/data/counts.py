@@ -136,7 +136,7 @@ class CountsPlace:
             return self.own_counts(adata, columns)
         rows = rows_of(matrix)
         survey = Survey(self, adata, columns, _check_numbers(rows))
-        seen = (survey.seen(read(rows, *page)) for page in pages(rows))
+        seen = (survey.seen(read(rows, page)) for page in pages(rows))
         totals = np.concatenate([totals_of(counts) for counts in seen])
         survey.judge()
         _check_none_empty(totals == 0, adata.obs_names, WRITE_WITHOUT)

@@ -5,9 +5,10 @@ of cells that stand together in the file, drawn at random, and its share of the 
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import h5py
 import numpy as np
@@ -31,8 +32,59 @@ def stays_on_disk(matrix: Any) -> bool:
     return isinstance(matrix, KINDS)
 
 
-class DenseRows:
-    """Rows of an array: ``rows[start:stop]`` reads some.
+class Rows(ABC):
+    """Rows of all genes that are read when they are asked for.
+
+    Attributes
+    ----------
+    shape, dtype
+        Numbers of cells and genes, and the type of the counts.
+    bytes_of_a_cell
+        What one takes in memory.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    bytes_of_a_cell: int
+
+    @abstractmethod
+    def parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Rows in rising order, cut into those that are read at once."""
+
+    @abstractmethod
+    def at(self, rows: np.ndarray) -> Any:
+        """One part of them, sparse or dense."""
+
+
+class FileRows(Rows):
+    """Rows of one matrix: ``rows[start:stop]`` reads neighbours.
+
+    Attributes
+    ----------
+    gap
+        So many rows are read in vain sooner than that the file is asked twice.
+    """
+
+    gap: int
+
+    @abstractmethod
+    def __getitem__(self, part: slice) -> Any: ...
+
+    def parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Neighbours, and those with small gaps, are read at once."""
+        page = rows // n_in_page(self)
+        apart = (np.diff(rows) > self.gap) | (np.diff(page) > 0)
+        return np.split(rows, np.flatnonzero(apart) + 1)
+
+    def at(self, rows: np.ndarray) -> Any:
+        """One part of them, of what stands from the first to the last."""
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        found = self[start:stop]
+        return found if len(rows) == stop - start else found[rows - start]
+
+
+class DenseRows(FileRows):
+    """Rows of an array.
 
     Warns
     -----
@@ -56,7 +108,7 @@ class DenseRows:
         return np.asarray(self.array[part])
 
 
-class SparseRows:
+class SparseRows(FileRows):
     """Rows of a matrix that is stored by row (CSR): the group with its three arrays.
 
     Read by themselves: ``sparse_dataset`` makes an empty matrix of all rows whenever it is asked.
@@ -98,11 +150,10 @@ def _chunk_of(array: h5py.Dataset | zarr.Array) -> int:
     return array.chunks[0] if array.chunks else 0
 
 
-Rows: TypeAlias = SparseRows | DenseRows
-
-
 def rows_of(matrix: Any) -> Rows:
     """Rows of a matrix that stays on the disk; InputError if they cannot be read by row."""
+    if isinstance(matrix, Rows):
+        return matrix
     if isinstance(matrix, CSCDataset):
         raise InputError(
             "the counts on the disk are sparse by gene (CSC), and minibatches are read by cell; "
@@ -122,10 +173,15 @@ def n_in_window(rows: Rows) -> int:
     return max(PAGES, min(WINDOW, HELD // rows.bytes_of_a_cell))
 
 
-def read(rows: Rows, start: int, stop: int) -> Any:
-    """Rows of a file as they are; InputError if they cannot be read."""
+def n_in_page(rows: Rows) -> int:
+    """Number of cells that are read at once at most."""
+    return n_in_window(rows) // PAGES
+
+
+def read(source: Rows, rows: np.ndarray) -> Any:
+    """Rows as they are stored; InputError if they cannot be read."""
     try:
-        found: Any = rows[slice(start, min(stop, rows.shape[0]))]
+        found = source.at(rows)
         if issparse(found):
             found.check_format(full_check=True)  # scipy would crash on indices out of range
     except Exception as error:  # h5py and zarr raise what the bytes and codecs lead them to
@@ -136,10 +192,10 @@ def read(rows: Rows, start: int, stop: int) -> Any:
     return found
 
 
-def pages(rows: Rows) -> Iterator[tuple[int, int]]:
-    """Where parts of all rows start and end, of a size that memory holds easily."""
-    n_cells, size = rows.shape[0], n_in_window(rows) // PAGES
-    return ((start, min(start + size, n_cells)) for start in range(0, n_cells, size))
+def pages(rows: Rows) -> Iterator[np.ndarray]:
+    """All rows, in parts of a size that memory holds easily."""
+    n_cells, size = rows.shape[0], n_in_page(rows)
+    return (np.arange(start, min(start + size, n_cells)) for start in range(0, n_cells, size))
 
 
 @dataclass
@@ -223,16 +279,12 @@ class OnDisk:
         return self._read(rows)[back]
 
     def _read(self, rows: np.ndarray) -> Counts:
-        """Rows in rising order; neighbours, and those with small gaps, at once."""
-        page = rows // (n_in_window(self.source) // PAGES)
-        apart = (np.diff(rows) > self.source.gap) | (np.diff(page) > 0)
-        found = [self._run(run) for run in np.split(rows, np.flatnonzero(apart) + 1)]
+        """Rows in rising order."""
+        found = [self._part(part) for part in self.source.parts(rows)]
         return vstack(found, format="csr") if issparse(found[0]) else np.concatenate(found)
 
-    def _run(self, rows: np.ndarray) -> Counts:
-        start, stop = int(rows[0]), int(rows[-1]) + 1
-        found = read(self.source, start, stop)
-        counts = self.convert(found if len(rows) == stop - start else found[rows - start])
+    def _part(self, rows: np.ndarray) -> Counts:
+        counts = self.convert(read(self.source, rows))
         changed = totals_of(counts) != self.totals[rows]
         if changed.any():
             raise InputError(
