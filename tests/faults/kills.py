@@ -139,6 +139,8 @@ def writings() -> Mapping[str, Writing]:
         report.write_page(None, path)
 
     def train(path: Path, number: int) -> None:
+        if number and path.exists() and checkpoints.read(path).n_epochs > number:
+            path.unlink()  # or there would be nothing to train, and to write
         model = small_model(simulated(40))
         model.train(1 + number, progress_bar=False, checkpoint_dir=path.parent, ckpt_path="last")
 

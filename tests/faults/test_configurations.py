@@ -9,7 +9,7 @@ from tests.examples import mostly_slow
 from tests.faults.configurations import TRAINED, each
 
 
-@pytest.mark.parametrize("n", mostly_slow([6, 100]))
+@pytest.mark.parametrize("n", mostly_slow([6, 50]))
 def test_all_is_finite_or_refused(n):
     """As few refusals as not to miss what is to be seen."""
     seen = []
