@@ -48,6 +48,7 @@ def names(ticks) -> list[str]:
 
 @pytest.mark.parametrize(("draw", "given"), PICTURES.values(), ids=PICTURES)
 def test_axes_that_are_given_come_back_and_without_them_a_figure_is_made(draw, given, ax):
+    plt.close("all")
     assert draw(*given, ax=ax) is ax
     assert plt.get_fignums() == []
     made = draw(*given)

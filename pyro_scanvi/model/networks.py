@@ -32,7 +32,6 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     gather: Callable[[Tensor], Tensor] | None = None
-    momentum: float
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -64,9 +63,11 @@ class BatchNorm(nn.BatchNorm1d):
 
     def follow(self, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics towards those of a minibatch, (num_features,) each."""
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
         self.num_batches_tracked += 1
+        # Without a momentum they are means of all minibatches, as where weights are averaged.
+        rate = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(variance, rate)
 
 
 @contextmanager
@@ -217,6 +218,7 @@ class Block(nn.Sequential):
             [type(m) for m in modules] in (DEFAULT, DEFAULT[:-1])
             and all(m.training and not any(vars(m)[hooks] for hooks in HOOKS) for m in modules)
             and not nn.modules.module._has_any_global_hook()
+            and not torch.is_autocast_enabled("cpu")
             and self.batch_norm.gather is None
             and self._bound() > 0
         )

@@ -21,7 +21,7 @@ from pyro_scanvi.data.minibatches import Cells, Share
 from pyro_scanvi.model.networks import BatchNorm
 from pyro_scanvi.validation import InputError
 
-T = TypeVar("T")
+_Said = TypeVar("_Said")
 START = "torchrun --standalone --nproc-per-node={n} train.py"
 
 
@@ -48,7 +48,7 @@ class Processes:
         """What this one takes of each minibatch."""
         return Share(self.rank, self.n)
 
-    def each(self, said: T) -> list[T]:
+    def each(self, said: _Said) -> list[_Said]:
         """What each of them says here, in their order; all wait for it."""
         heard: list[Any] = [said] * self.n
         if self.n > 1:

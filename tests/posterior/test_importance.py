@@ -446,7 +446,7 @@ def model(trained):
 
 @pytest.mark.parametrize("feed_labels", [False, True])
 def test_marginal_likelihood_lies_above_the_elbo(model, feed_labels):
-    """By 3.2 nats a cell here (3.3 with labels fed); the mean of the ELBO is known to 0.04.
+    """By 1.4 nats a cell here, with labels fed too; the mean of the ELBO is known to 0.04.
 
     A term that is counted twice, or left out, moves the estimate by more: 1.1 for y, 2.5 for z.
     """
@@ -457,7 +457,7 @@ def test_marginal_likelihood_lies_above_the_elbo(model, feed_labels):
         torch.manual_seed(0)
         elbo = torch.stack([objective.parts(cells).elbo().mean() for _ in range(50)]).mean()
     found = model.get_marginal_ll(n_mc_samples=200, feed_labels=feed_labels, seed=0)
-    assert elbo + 2.3 < found < elbo + 4.2
+    assert elbo + 0.5 < found < elbo + 2.4
 
 
 def test_known_labels_are_fed_only_when_asked(model):

@@ -289,7 +289,7 @@ def test_records_without_a_freeze_load(reference, tmp_path, monkeypatch):
     """As versions before wrote them."""
     write = models.write_model
 
-    def write_as_before(directory, state, record, adata, rules):
+    def write_as_before(directory, state, record, adata, *_, **__):
         write(directory, state, {k: v for k, v in record.items() if k != "freeze"}, adata)
 
     monkeypatch.setattr(models, "write_model", write_as_before)

@@ -241,7 +241,7 @@ def test_old_records_are_references_too(query, tmp_path, monkeypatch):
     model = as_they_are(model_of(cohort(REFERENCE_BATCHES)))
     write, later = models.write_model, ("is_trained", "freeze", "module_class")
 
-    def write_as_before(directory, state, record, adata, rules):
+    def write_as_before(directory, state, record, adata, *_, **__):
         del record["fields"]["use_raw"]
         write(directory, state, {k: v for k, v in record.items() if k not in later}, adata)
 
