@@ -9,7 +9,7 @@ DOCS := $(VENV)/docs
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # What runs under coverage, which makes it half as long again; test-rest runs the others.
-COVERED := tests/model tests/storage
+COVERED := tests/model tests/storage tests/faults/test_two_processes.py
 
 .PHONY: demo test test-all test-rest coverage lint format notebooks docs site-check clean
 

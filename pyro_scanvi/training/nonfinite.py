@@ -97,7 +97,7 @@ def first_fault(model: Callable, guide: Callable, cells: Cells) -> Fault:
 
     In turn the distribution's parameters, the log probability, and its gradients by the parameters.
     """
-    finder = _Finder()
+    finder = _Finder(len(cells))
     try:
         with pyro.validation_enabled(False), torch.enable_grad(), finder:
             guide_trace = poutine.trace(guide).get_trace(cells)
@@ -120,9 +120,9 @@ class _Found(Exception):
 class _Finder(Messenger):
     """Looks at each site as it is sampled; before, because few distributions sample from NaN."""
 
-    def __init__(self):
+    def __init__(self, n_cells: int):
         super().__init__()
-        self.fault = Fault()
+        self.n_cells, self.fault = n_cells, Fault()
 
     def _pyro_sample(self, msg: dict) -> None:
         if isinstance(msg["fn"], Distribution):
@@ -151,7 +151,7 @@ class _Finder(Messenger):
             return
         bad = bad.reshape(-1, *bad.shape[-2:]) if bad.dim() > 1 else bad.reshape(1, 1, -1)
         bad = bad.any(0).cpu()
-        shared = len(bad) == 1  # by all cells
+        shared = len(bad) < self.n_cells  # by all cells
         cells = np.empty(0, dtype=int) if shared else np.flatnonzero(bad.any(1))
         self.fault = Fault(site, what, cells, np.flatnonzero(bad.any(0)))
         raise _Found

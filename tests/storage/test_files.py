@@ -274,3 +274,28 @@ def test_a_file_that_cannot_be_new(tmp_path, name, overwrite, message):
     check_new(tmp_path / "old", "page", overwrite=True)
     with pytest.raises(InputError, match="the page .*a lies in .*folder; write it elsewhere"):
         check_new(tmp_path / "folder" / "a", "page", True, tmp_path / "old", tmp_path / "folder")
+
+
+@pytest.mark.parametrize("system", ["not Linux", "no renameat2", "no locks"])
+def test_folders_are_replaced_on_any_system(tmp_path, monkeypatch, system):
+    """In two moves where one will not do; what a kill left stays where there are no locks."""
+    if system == "not Linux":
+        monkeypatch.setattr(files.sys, "platform", "darwin")
+    if system == "no renameat2":
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: None)
+    if system == "no locks":
+        monkeypatch.setattr(files, "fcntl", None)
+    path, left = tmp_path / "model", tmp_path / ".model.old.part"
+    for folder in (path, left):
+        folder.mkdir()
+        os.utime(folder, (0, 0))
+    with replacing_folder(path) as fresh:
+        (fresh / "new").touch()
+    assert (path / "new").exists()
+    assert names(tmp_path) == ["model"] if system != "no locks" else [".model.old.part", "model"]
+
+
+def test_what_cannot_be_read(tmp_path):
+    path, message = tmp_path / "model", "model cannot be read: No such file or directory"
+    with pytest.raises(InputError, match=message), files.reading_errors(path):
+        path.read_bytes()

@@ -456,6 +456,15 @@ def test_the_look_finds_nothing_wrong_with_a_whole_file(path, check_harmless):
     assert probe_says(path) == ["begun", "ended"], "what Python can catch is left to the reader"
 
 
+def test_the_look_in_this_process(path, capsys):
+    """Where its lines are counted."""
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("texts", data=["a", "b"])
+        file.create_dataset("chunks", data=np.arange(6), chunks=(2,))
+    stores.probe.main(str(path))
+    assert capsys.readouterr().out.split() == ["begun", "ended"]
+
+
 def probe_says(path: Path) -> list[str]:
     command = [sys.executable, "-P", stores.probe.__file__, str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

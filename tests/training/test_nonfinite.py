@@ -88,6 +88,13 @@ def test_site_genes_and_cells_are_named(gradient_only, quantity, what):
     assert not model.module.training and model.history.empty
 
 
+def test_the_cell_of_a_minibatch_of_one_is_named():
+    """What has one row is not what cells share there."""
+    model = small_model(poisoned(), gene_likelihood=broken(gradient_only=False))
+    with pytest.raises(NonFiniteError, match=r"1 cells \(cell[012]\), 1 genes \(gene7\)"):
+        model.train(1, batch_size=1, progress_bar=False, train_size=1)
+
+
 def test_held_out_cells_are_named():
     """All cells but those that are scored are harmless."""
     adata = simulated()
