@@ -217,10 +217,8 @@ class _InOnePass(Function):
             told = [grad * d if w else None for d, w in zip(slopes, wanted, strict=True)]
             return None, None, None, *told
         # A second derivative is to come, which goes through the formulas.
-        asked = [p for p, w in zip(parameters, wanted, strict=True) if w]
         log_prob = ctx.plain(value, *parameters)
-        found = iter(torch.autograd.grad(log_prob, asked, grad, create_graph=True))
-        return None, None, None, *(next(found) if w else None for w in wanted)
+        return None, None, None, *kernels.slopes_of_plain(log_prob, parameters, wanted, grad)
 
 
 def _quickest(kernel: Callable, plain: Callable, *arguments: Tensor) -> Tensor:

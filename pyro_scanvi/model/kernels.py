@@ -1,6 +1,6 @@
 """What kernels that numba compiles for the CPU share: how, for which tensors, and in threads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -49,3 +49,12 @@ def over_rows(kernel: Callable, n_rows: int, n_threads: int, *arguments: Any) ->
     with ThreadPoolExecutor(n_threads) as pool:
         parts = [pool.submit(kernel, *ends[i : i + 2], *arguments) for i in range(n_threads)]
     return [part.result() for part in parts]
+
+
+def slopes_of_plain(
+    result: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool], slope: Tensor
+) -> list[Tensor | None]:
+    """Of those inputs that want one, with a graph: of a result that torch's operations gave."""
+    asked = [t for t, w in zip(inputs, wanted, strict=True) if w]
+    found = iter(torch.autograd.grad(result, asked, slope, create_graph=True))
+    return [next(found) if w else None for w in wanted]

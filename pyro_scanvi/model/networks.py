@@ -156,6 +156,12 @@ class Dropout(nn.Dropout):
         return x * kept.mul_(STEPS / bound)
 
 
+def _are_heard(*modules: nn.Module) -> bool:
+    """Whether somebody listens to a call of one of them, who would not hear of what stands in."""
+    heard = any(vars(module)[hooks] for module in modules for hooks in HOOKS)
+    return heard or nn.modules.module._has_any_global_hook()
+
+
 class _InOnePass(Function):
     """Of x + added: batch norm by the moments of its rows, ReLU and dropout, by kernels.
 
@@ -182,9 +188,8 @@ class _InOnePass(Function):
         rows = (x + added).reshape(-1, x.shape[-1])
         norm = nn.functional.batch_norm(rows, None, None, weight, bias, True, eps=ctx.eps)
         again = norm.relu().view_as(result) * (result > 0) * (STEPS / ctx.bound)
-        asked = [t for t, w in zip((x, added, weight, bias), wanted, strict=True) if w]
-        found = iter(torch.autograd.grad(again, asked, slope, create_graph=True))
-        return *(next(found) if w else None for w in wanted), None, None, None
+        inputs = x, added, weight, bias
+        return *kernels.slopes_of_plain(again, inputs, wanted, slope), None, None, None
 
 
 class Block(nn.Sequential):
@@ -216,8 +221,8 @@ class Block(nn.Sequential):
         modules = list(self.children())
         return (
             [type(m) for m in modules] in (DEFAULT, DEFAULT[:-1])
-            and all(m.training and not any(vars(m)[hooks] for hooks in HOOKS) for m in modules)
-            and not nn.modules.module._has_any_global_hook()
+            and all(m.training for m in modules)
+            and not _are_heard(*modules)
             and not torch.is_autocast_enabled("cpu")
             and self.batch_norm.gather is None
             and self._bound() > 0
@@ -364,8 +369,9 @@ class NormalNetwork(nn.Module):
 
         `mean` may stand in for that head.
         """
-        if mean is None and type(self.mean) is type(self.variance) is Head:
-            loc, raw = _both(self.mean, self.variance, hidden)
+        heads = self.mean, self.variance
+        if mean is None and {type(h) for h in heads} == {Head} and not _are_heard(*heads):
+            loc, raw = _both(*heads, hidden)
         else:
             loc, raw = (mean or self.mean)(hidden), self.variance(hidden)
         return loc, (self.var_activation(raw) + self.var_eps).sqrt()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from pyro_scanvi.model import hidden_kernels
-from pyro_scanvi.model.networks import Block, HiddenLayers
+from pyro_scanvi.model.networks import Block, HiddenLayers, NormalNetwork
 
 # Cells and covariates: none, of cells, of labels, of labels for cells in each, and more dimensions.
 SHAPES = {
@@ -184,3 +184,14 @@ def test_the_bias_of_a_layer_does_not_matter_before_a_batch_norm():
     layers = layers_for(SHAPES["cells in labels"])
     layers(*inputs(SHAPES["cells in labels"])).square().sum().backward()
     assert layers.layers[0].linear.bias.grad.abs().max() < 1e-3
+
+
+def test_a_head_that_somebody_listens_to_is_called():
+    """And gives what it gives where both are one product."""
+    network = NormalNetwork(HiddenLayers(4, 7), 3).eval()
+    x, heard = torch.randn(6, 4), []
+    expected = network(x)
+    network.variance.register_forward_hook(lambda *_: heard.append(1))
+    for one, other in zip(network(x), expected, strict=True):
+        assert_close(one, other)
+    assert heard
