@@ -40,6 +40,7 @@ from pyro_scanvi.model.pyro_internals import Site, own_sites
 from pyro_scanvi.model.scanvae import SCANVAE
 from pyro_scanvi.posterior.draws import (
     at_once,
+    check_finite,
     evaluating,
     minibatch_size,
     observed_sites,
@@ -124,7 +125,7 @@ def to_datatree(
     check_flags(**flags, prior=prior)
     data, names = model.encoded(adata, indices)
     wanted = _Wanted(n_draws * n_chains, n_integration, **flags, prior=prior)
-    with seeded(seed), evaluating(model.module):
+    with seeded(seed), evaluating(model.module, data):
         first = data[np.arange(1)].to(model.device)
         drawing = _Drawing(model.module, wanted, *_shared(model.module, first, wanted.n))
         _check_size(drawing, first, len(data), max_numbers)
@@ -266,8 +267,9 @@ class _Drawing:
             story = Story(self.vae, {m: v[start : start + n] for m, v in shared.items()})
             for group, values in ask(story, n).items():
                 for name, value in values.items():
-                    whole = _whole(value, n, len(cells))
-                    found.setdefault(group, {}).setdefault(name, []).append(whole)
+                    whole = value.expand(n, len(cells), *value.shape[2:])
+                    check_finite(whole, cells, dim=1)
+                    found.setdefault(group, {}).setdefault(name, []).append(whole.cpu().numpy())
             start += n
         return {g: {m: np.concatenate(v) for m, v in vs.items()} for g, vs in found.items()}
 
@@ -297,11 +299,6 @@ def _log_means(
         given = {name: value.repeat_interleave(k, 0) for name, value in shared.items()}
         drawn.append(weights.of_draws(cells, n * k, given).reshape(n, k, len(cells)))
     return torch.cat(drawn, 1).logsumexp(1) - math.log(sum(sizes))
-
-
-def _whole(value: Tensor, n: int, n_cells: int) -> np.ndarray:
-    """A value for each draw and cell, (n, N, ...)."""
-    return value.expand(n, n_cells, *value.shape[2:]).cpu().numpy()
 
 
 def _joined(

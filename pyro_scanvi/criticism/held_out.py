@@ -120,7 +120,7 @@ def held_out_likelihood(
     data, names = model.encoded(adata, chosen, labels=False)
     weights = TraceWeights(model.module, by_label=False)
     tables = []
-    with seeded(seed), evaluating(model.module):
+    with seeded(seed), evaluating(model.module, data):
         numbers = weights.numbers_per_draw(data[np.arange(1)].to(model.device))
         size = min(minibatch_size(batch_size), at_once(numbers, PASS_ELEMENTS))
         for cells in track(ordered_loader(data, size), "weighing", disable=not progress_bar):

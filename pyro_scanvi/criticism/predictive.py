@@ -264,7 +264,7 @@ def _count(
     member = torch.from_numpy(np.stack(list(groups.values()))).double()
     counted: dict[str, _Counted] = {}
     loader, start = ordered_loader(data, minibatch_size(batch_size)), 0
-    with evaluating(vae):
+    with evaluating(vae, data):
         for cells in track(loader, "drawing", disable=not progress_bar):
             cells = cells.to(vae.y_prior.device)
             here = member[:, start : start + len(cells)].to(cells.x.device)

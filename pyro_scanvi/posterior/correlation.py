@@ -134,7 +134,7 @@ def correlation_of_genes(
                 sample = vae.likelihood.expression_draw(p)
                 yield sample.flatten(0, 1).cpu().numpy()
 
-    with evaluating(vae):
+    with evaluating(vae, data):
         found = (correlate(blocks(b), n_samples * len(data), vae.n_input) for b in batches)
         return sum(found, np.zeros(())) / len(batches)
 

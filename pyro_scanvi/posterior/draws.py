@@ -23,6 +23,7 @@ from pyro_scanvi.model.pyro_internals import (
     sites,
 )
 from pyro_scanvi.model.scanvae import SCANVAE, evaluated
+from pyro_scanvi.names import listed
 from pyro_scanvi.threads import as_told
 from pyro_scanvi.validation import InputError, check_at_least, check_seed, positions_of
 
@@ -53,6 +54,8 @@ class Draws:
         self.z, self.y = drawn["z"], drawn["y"]
         library = vae.observed_library(cells)
         self.library = drawn["l"] if library is None else library
+        for value in (self.z, self.library):
+            check_finite(value, cells, dim=-2)
 
     def decode(self, batch: int | None = None, library: Tensor | None = None) -> CountParameters:
         """rho, mu, theta and gate logits, (S, N, G); of another batch or size if asked.
@@ -123,18 +126,40 @@ def over_minibatches(
 
     The cells come with what all of them share at the mean of its posterior; Draws draws it anew.
     The answers are written into their place: at no time is there a second copy of the result.
+
+    Raises
+    ------
+    InputError
+        For an answer that is NaN or infinite; see :func:`check_finite`.
     """
     device = vae.y_prior.device
     result, start = np.empty(0), 0
-    with evaluating(vae):
+    with evaluating(vae, data):
         for cells in ordered_loader(data, batch_size):
             cells = vae.at_shared_points(cells.to(device))
-            answer = np.moveaxis(ask(cells).cpu().numpy(), dim, 0)
+            found = ask(cells)
+            check_finite(found, cells, dim)
+            answer = np.moveaxis(found.cpu().numpy(), dim, 0)
             if start == 0:
                 result = np.empty((len(data), *answer.shape[1:]), dtype=answer.dtype)
             result[start : start + len(answer)] = answer
             start += len(answer)
     return np.moveaxis(result, 0, dim)
+
+
+def check_finite(answer: Tensor, cells: Cells, dim: int) -> None:
+    """Refuse NaN and infinity along the cells' dimension `dim`; a log probability may be -inf."""
+    if bool((answer < torch.inf).all()):
+        return
+    bad = ~(answer < torch.inf).movedim(dim, 0).reshape(len(cells), -1).all(1).cpu()
+    where = cells.position.cpu()[bad].tolist()
+    raise InputError(
+        f"the model has no finite answer for {len(where)} of {len(cells)} cells, at positions "
+        f"{listed(where)}: their counts or covariates take its networks out of the numbers of "
+        "float32. Look at these cells, or leave them out; where they are as they should be, train "
+        "with log_variational=True, with batch norm, with a smaller lr or with gradient_clip_norm "
+        "(both in plan_kwargs)"
+    )
 
 
 def passes(n_samples: int, size: int) -> list[int]:
@@ -201,7 +226,27 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(vae: SCANVAE) -> Iterator[None]:
-    """Without gradients, in eval mode and on the threads that torch was told; all is restored."""
+def evaluating(vae: SCANVAE, data: CellData | None = None) -> Iterator[None]:
+    """Without gradients, in eval mode and on the threads that torch was told; all is restored.
+
+    Raises
+    ------
+    InputError
+        Where a cell of `data` has a state that is NaN or infinite, in place of what torch says of
+        the numbers that came of it.
+    """
     with evaluated(vae), torch.no_grad(), as_told():
-        yield
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if data is not None and not isinstance(error, InputError):
+                _check_states(vae, data)
+            raise
+
+
+def _check_states(vae: SCANVAE, data: CellData) -> None:
+    """Refuse cells whose state no question can be answered at."""
+    with pyro.validation_enabled(False):
+        for cells in ordered_loader(data, EVALUATION_BATCH_SIZE):
+            cells = vae.at_shared_points(cells.to(vae.y_prior.device))
+            check_finite(vae.latent_point(vae.q_z(cells)), cells, dim=0)

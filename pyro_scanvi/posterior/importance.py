@@ -309,7 +309,7 @@ def _over_passes(
 
 def _numbers_of_a_cell(vae: SCANVAE, data: CellData, estimate: Estimate) -> int:
     """Size of the largest tensor of one draw of one cell."""
-    with evaluating(vae), torch.random.fork_rng():
+    with evaluating(vae, data), torch.random.fork_rng():
         cell = vae.at_shared_points(data[np.arange(1)].to(vae.y_prior.device))
         return estimate.numbers_per_draw(cell)
 

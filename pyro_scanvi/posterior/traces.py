@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_scanvi.data.minibatches import Cells
 from pyro_scanvi.model.pyro_internals import Site, enumeration_dim, in_cells, own_sites
 from pyro_scanvi.model.scanvae import SCANVAE
-from pyro_scanvi.posterior.draws import log_prob_of_events, parts, total
+from pyro_scanvi.posterior.draws import check_finite, log_prob_of_events, parts, total
 from pyro_scanvi.validation import InputError
 
 LABEL = ("y", "y_unobserved")  # the latent site of the label; the second beside observed ones
@@ -108,7 +108,9 @@ class TraceWeights:
         """
         model, guide = self._traces(cells.hide_labels(), n_samples, shared)
         log_weight = log_weights(model, guide).expand(*_shape(model, guide, n_samples, len(cells)))
-        return log_weight.reshape(-1, n_samples, len(cells)).logsumexp(0)
+        summed = log_weight.reshape(-1, n_samples, len(cells)).logsumexp(0)
+        check_finite(summed, cells, dim=-1)
+        return summed
 
     def _traces(
         self, cells: Cells, n_samples: int, shared: Mapping[str, Tensor] | None = None
