@@ -27,7 +27,7 @@ from pyro_scanvi.storage.files import (
     reading_errors,
     replacing_folder,
 )
-from pyro_scanvi.storage.stores import read_anndata, write_anndata
+from pyro_scanvi.storage.stores import put_anndata, read_anndata
 from pyro_scanvi.validation import InputError
 
 FORMAT = 2  # that of models with parts of one's own; all others are written as before
@@ -84,7 +84,7 @@ def write_model(
         if card:
             (fresh / CARD).write_text(card, encoding="utf-8")
         if adata is not None:
-            write_anndata(adata, fresh / CELLS)
+            put_anndata(adata, fresh / CELLS)
             record["cells_sha256"] = _digest_of_file(fresh / CELLS)
         record["record_sha256"] = _digest(_canonical(record))
         (fresh / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -311,7 +311,7 @@ def write_anndata(
         replaced.
     """
     with disk_errors(path):
-        _write(adata, path, layout, overwrite)
+        put_anndata(adata, path, layout, overwrite)
 
 
 def check_storable(adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> None:
@@ -322,7 +322,7 @@ def check_storable(adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> 
             corner = adata[:1, :1].copy()
         try:
             with disk_errors(path):
-                _write(corner, (folder / "trial").with_suffix(path.suffix), layout)
+                put_anndata(corner, (folder / "trial").with_suffix(path.suffix), layout)
         except InputError:
             raise
         except Exception as error:  # anndata, h5py and zarr refuse in many ways
@@ -330,9 +330,16 @@ def check_storable(adata: ad.AnnData, path: Path, layout: Mapping[str, Any]) -> 
             raise InputError(message) from error
 
 
-def _write(
-    adata: ad.AnnData, path: Path, layout: Mapping[str, Any], overwrite: bool = True
+def put_anndata(
+    adata: ad.AnnData,
+    path: Path,
+    layout: Mapping[str, Any] = DEFAULT_LAYOUT,
+    overwrite: bool = True,
 ) -> None:
+    """As :func:`write_anndata`, for a part of something larger: OSError is left as it is.
+
+    So what is said names the place that the user gave, and not a part of it that is on its way.
+    """
     written = format_of(path)
     with written.replacing(path, overwrite) as temporary, warnings.catch_warnings():
         # Of slashes in names, and of what later versions of the formats will do.

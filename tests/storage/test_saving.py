@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from pyro_scanvi import SCANVI, InputError
+from tests.examples import file_limit
 
 FILES = ("weights.safetensors", "model.json", "label_rules.safetensors")
 
@@ -221,3 +222,13 @@ def test_a_folder_below_a_file(model, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file/a cannot be made: .*/file is a file"):
         model.save(tmp_path / "file" / "a" / "model")
+
+
+def test_a_disk_that_fills_with_the_cells_is_told_of_the_folder_that_was_given(model, saved):
+    """The cells are the last of its large files, and not to be written on their own."""
+    sizes = sorted((saved / name).stat().st_size for name in (*FILES, "cells.h5ad"))
+    assert sizes[-1] == (saved / "cells.h5ad").stat().st_size
+    with file_limit(sizes[-1] - 1), pytest.raises(InputError, match=f"^{saved} cannot be written"):
+        model.save(saved, overwrite=True, save_anndata=True)
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+    assert SCANVI.load(saved).is_trained
