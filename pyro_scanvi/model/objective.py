@@ -36,6 +36,7 @@ from pyro_scanvi.model.pyro_internals import (
     HeldBelow,
     RevisedELBO,
     Site,
+    Sites,
     Unannounced,
     enumeration_weight,
     in_cells,
@@ -291,17 +292,24 @@ class SemiSupervisedELBO(RevisedELBO):
         """Latent sites have counterparts, and nothing broadcasts; where Pyro validates."""
         check_traces(model_trace, guide_trace)
 
+    def known(self, model: Sites, guide: Sites) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """-KL(q || p) for log p and 0 for log q, where a closed form is asked for and known."""
+        shared = {name for name, site in guide.items() if is_shared(site)}
+        names = (self.closed_form | shared).intersection(model, guide)
+        found = ((name, _closed_form(model[name], guide[name])) for name in sorted(names))
+        kl = {name: value for name, value in found if value is not None}
+        return {n: -v for n, v in kl.items()}, {n: torch.zeros_like(v) for n, v in kl.items()}
+
     def revise(self, model_trace: Trace, guide_trace: Trace) -> None:
-        """Closed forms first, then the weight of the KLs."""
+        """The weight of the KLs."""
+        if self.kl_weight == 1:
+            return
         p, q = sites(model_trace), sites(guide_trace)
         shared = {name for name, site in q.items() if is_shared(site)}
-        for name in (self.closed_form | shared).intersection(p, q):
-            _close(p[name], q[name])
-        if self.kl_weight != 1:
-            for name in (self.weighted | shared).intersection(p):
-                _weigh(p[name], q.get(name), self.kl_weight)
-            for name in shared.difference(p):  # auxiliary draws of an AutoGuide
-                set_log_prob(q[name], self.kl_weight * q[name]["unscaled_log_prob"])
+        for name in (self.weighted | shared).intersection(p):
+            _weigh(p[name], q.get(name), self.kl_weight)
+        for name in shared.difference(p):  # auxiliary draws of an AutoGuide
+            set_log_prob(q[name], self.kl_weight * q[name]["unscaled_log_prob"])
 
 
 class LayeredELBO(SemiSupervisedELBO):
@@ -339,17 +347,14 @@ class LayeredELBO(SemiSupervisedELBO):
         """Traces in which what depends on z does not move it, but for the counts."""
         return super().traces(model, HeldBelow("z")(guide), *args)
 
-    def revise(self, model_trace: Trace, guide_trace: Trace) -> None:
+    def known(self, model: Sites, guide: Sites) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The gradient of a standard Normal prior in the place of that of p(z | u, y)."""
-        super().revise(model_trace, guide_trace)
-        p, q = sites(model_trace).get("z"), sites(guide_trace).get("z")
-        if p is None or q is None:
-            return
-        z, log_q = q["value"], q["unscaled_log_prob"]
-        standard = Normal(torch.zeros_like(z), 1.0).to_event(p["fn"].event_dim).log_prob(z)
-        log_p = p["fn"].log_prob(z.detach()) + standard - standard.detach()
-        weight = self.kl_weight if "z" in self.weighted else 1.0
-        set_log_prob(p, weight * (log_p - log_q) + log_q if weight != 1 else log_p)
+        of_model, of_guide = super().known(model, guide)
+        if "z" in model and "z" in guide:
+            p, z = model["z"]["fn"], guide["z"]["value"]
+            standard = Normal(torch.zeros_like(z), 1.0).to_event(p.event_dim).log_prob(z)
+            of_model["z"] = p.log_prob(z.detach()) + standard - standard.detach()
+        return of_model, of_guide
 
     def _point(self, q_z: TorchDistribution) -> Tensor:
         return super()._point(q_z).detach()
@@ -373,20 +378,17 @@ def _classification_weight(cells: Cells, informative: Tensor) -> Tensor:
     return counted.to(cells.x.dtype) if cells.weight is None else counted * cells.weight
 
 
-def _close(p: Site, q: Site) -> None:
-    """Put -KL(q || p) for log p and 0 for log q at a site, if a closed form is known.
+def _closed_form(p: Site, q: Site) -> Tensor | None:
+    """KL(q || p) at a site; None where no closed form is known.
 
     Pyro's of a Delta leaves out its log density, by which an AutoGuide changes variables.
     """
     if isinstance(q["fn"], Delta):
-        return
+        return None
     try:
-        kl = kl_divergence(q["fn"], p["fn"])
+        return kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
-        return
-    for site, log_prob in ((p, -kl), (q, torch.zeros_like(kl))):
-        site["unscaled_log_prob"] = log_prob
-        set_log_prob(site, log_prob)
+        return None
 
 
 def _weigh(p: Site, q: Site | None, weight: float) -> None:

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.infer.enum import get_importance_trace
 from pyro.infer.traceenum_elbo import _compute_dice_elbo
 from pyro.nn import PyroModule
 from pyro.ops import packed
@@ -23,13 +23,14 @@ from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK, effectful
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 
 from pyro_scanvi.validation import InputError
 
 Site = dict[str, Any]  # what Pyro's type of a site leaves out is read too
+Sites = dict[str, Site]
 CELLS = "cells"  # the plate
 
 
@@ -38,11 +39,18 @@ class RevisedELBO(TraceEnum_ELBO):
 
     One plate, and beside it one of particles where they are vectorised: K draws at once of all that
     belongs to a cell, at dimension -2, each with a weight of 1 / K. What lies outside the plate of
-    cells is drawn once. A subclass overrides :meth:`revise` and :meth:`check`.
+    cells is drawn once. A subclass overrides :meth:`known`, :meth:`revise` and :meth:`check`.
     """
 
     def check(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Refuse what must not be summed; asked where Pyro's validation is on."""
+
+    def known(self, model: Sites, guide: Sites) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Log probabilities that take the place of those of values, of model and guide, by site.
+
+        Unscaled; those of the values are then not computed. It is asked before any is.
+        """
+        return {}, {}
 
     def revise(self, model_trace: Trace, guide_trace: Trace) -> None:
         """Change log probabilities at sites, by :func:`set_log_prob`."""
@@ -80,24 +88,39 @@ class RevisedELBO(TraceEnum_ELBO):
         return particles
 
     def _get_trace(self, model, guide, args, kwargs) -> tuple[Trace, Trace]:
-        checking = pyro.settings.get("validate_poutine")
-        get = super()._get_trace if checking else self._unpacked
-        model_trace, guide_trace = get(model, guide, args, kwargs)
-        _drop_joins(model_trace)
-        if checking:
+        if pyro.settings.get("validate_poutine"):
+            model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+            _drop_joins(model_trace)
             self.check(model_trace, guide_trace)
+            self._put_known(model_trace, guide_trace)
+        else:
+            model_trace, guide_trace = self._unchecked(model, guide, args, kwargs)
         self.revise(model_trace, guide_trace)
         return model_trace, guide_trace
 
-    def _unpacked(self, model, guide, args, kwargs) -> tuple[Trace, Trace]:
-        """Pyro's own, without checks, and without what a weighted sum does not read."""
-        nesting = int(self.max_plate_nesting)
-        traces = get_importance_trace("flat", nesting, model, guide, args, kwargs)
-        if not _is_weighted_sum(*traces):
-            model_trace, guide_trace = traces
+    def _unchecked(self, model, guide, args, kwargs) -> tuple[Trace, Trace]:
+        """Pyro's own, without checks, and without what is known or a weighted sum does not read."""
+        guide_trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = prune_subsample_sites(poutine.trace(replayed).get_trace(*args, **kwargs))
+        _drop_joins(model_trace)
+        summed = _is_weighted_sum(model_trace, guide_trace)
+        if not summed:
+            guide_trace.compute_score_parts()
+        self._put_known(model_trace, guide_trace)
+        for trace in (model_trace, guide_trace):
+            trace.compute_log_prob()
+        if not summed:
             guide_trace.pack_tensors()
             model_trace.pack_tensors(guide_trace.plate_to_symbol)
-        return traces
+        return model_trace, guide_trace
+
+    def _put_known(self, *traces: Trace) -> None:
+        here = [sites(trace) for trace in traces]
+        for trace, known in zip(here, self.known(*here), strict=True):
+            for name, log_prob in known.items():
+                trace[name]["unscaled_log_prob"] = log_prob
+                set_log_prob(trace[name], log_prob)
 
 
 def _is_weighted_sum(model_trace: Trace, guide_trace: Trace) -> bool:
