@@ -4,49 +4,24 @@ The formulas are those of :mod:`pyro_scanvi.model.distributions`, which says why
 so, in float32. Each of its some hundred operations reads and writes all counts of a minibatch; here
 they stay in registers. A row is gone through twice: as if all of its counts were zero, which most
 are, and then its other counts, gathered so that they fill registers too.
-
-Logarithm and exponential are polynomials (Moshier's Cephes library, ``logf`` and ``expf``) because
-calls of the C library stand in the way of vector instructions. They are right to 1.3e-7, and pass
-on what is not finite.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
-from numpy import float32, int32
+from numpy import float32
 from torch import Tensor
 
+from pyro_scanvi.model.elementary import HALF, INFINITE, ONE, ZERO, exp, log
 from pyro_scanvi.model.kernels import compiled, inlined, over_rows
 
 # Numbers without a type are float64 to numba, and would halve what fits into a register.
-ZERO, HALF, ONE, TWO, STEPS = (float32(c) for c in (0, 0.5, 1, 2, 3))
+TWO, STEPS = float32(2), float32(3)
 HALF_LOG_2PI = float32(0.5 * math.log(2 * math.pi))
-INFINITE, NOT_A_NUMBER = float32(np.inf), float32(np.nan)
 LARGEST = float32(math.sqrt(np.finfo(float32).max))
 NEAR, NEAR_LOG, NEAR_ZERO = float32(0.1), float32(0.08), float32(0.01)  # where series are taken
-ROOT_HALF, MANTISSA, MANTISSA_BITS, BIAS = int32(0x3F3504F3), int32(0x7FFFFF), int32(23), int32(127)
-LOG2_E, LOG_2_HIGH, LOG_2_LOW = float32(1.44269504), float32(0.693359375), float32(-2.1219444e-4)
-SMALLEST_EXPONENT = float32(-87)
-OF_LOG = tuple(
-    float32(c)
-    for c in (
-        *(7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
-        *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
-    )
-)
-OF_EXP = tuple(
-    float32(c)
-    for c in (
-        *(1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3),
-        *(4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1),
-    )
-)
 OF_STIRLING = tuple(float32(c) for c in (-1 / 1188, 1 / 1680, -1 / 1260, 1 / 360, -1 / 12))
 OF_DEVIANCE = tuple(float32(1 / c) for c in (13, 11, 9, 7, 5, 3))
 OF_LOG_MINUS = tuple(
@@ -58,25 +33,6 @@ OF_ZEROS = tuple(float32(-1 / c) for c in (4, 3, 2))
 WORTH_A_THREAD = 1 << 15  # counts, as of torch's own operations
 
 
-reinterpreted: Callable[[Callable], Any] = intrinsic
-
-
-@reinterpreted
-def _bits(typing_context, x):
-    """A float32 as the int32 of the same bits."""
-    return types.int32(types.float32), lambda context, builder, signature, values: builder.bitcast(
-        values[0], ir.IntType(32)
-    )
-
-
-@reinterpreted
-def _of_bits(typing_context, bits):
-    """An int32 as the float32 of the same bits."""
-    return types.float32(types.int32), lambda context, builder, signature, values: builder.bitcast(
-        values[0], ir.FloatType()
-    )
-
-
 @inlined
 def _finite(x):
     """Where products of it are finite; NaN stays."""
@@ -84,36 +40,10 @@ def _finite(x):
 
 
 @inlined
-def _log(x):
-    bits = int32(_bits(x) - ROOT_HALF)
-    exponent = float32(bits >> MANTISSA_BITS)
-    y = _of_bits(int32((bits & MANTISSA) + ROOT_HALF)) - ONE
-    c0, c1, c2, c3, c4, c5, c6, c7, c8 = OF_LOG
-    cubic = (((((((c0 * y + c1) * y + c2) * y + c3) * y + c4) * y + c5) * y + c6) * y + c7) * y + c8
-    tail = cubic * y * (y * y) + LOG_2_LOW * exponent - HALF * (y * y)
-    value = y + tail + LOG_2_HIGH * exponent
-    beyond = x if x > ZERO else (-INFINITE if x == ZERO else NOT_A_NUMBER)
-    return value if ZERO < x < INFINITE else beyond
-
-
-@inlined
 def _log1p(u):
     """log(1 + u), u >= -1/2, with the digits of u that 1 + u has lost."""
     w = ONE + u
-    return _log(w) + (u - (w - ONE)) / w if w < INFINITE else w
-
-
-@inlined
-def _exp(x):
-    """exp(x), x <= 0."""
-    steps = int32(x * LOG2_E - HALF)
-    n = float32(steps)
-    rest = x - n * LOG_2_HIGH - n * LOG_2_LOW
-    c0, c1, c2, c3, c4, c5 = OF_EXP
-    square = ((((c0 * rest + c1) * rest + c2) * rest + c3) * rest + c4) * rest + c5
-    value = square * rest * rest + rest + ONE
-    value = value * _of_bits(int32((steps + BIAS) << MANTISSA_BITS))
-    return ZERO if x <= SMALLEST_EXPONENT else value
+    return log(w) + (u - (w - ONE)) / w if w < INFINITE else w
 
 
 @inlined
@@ -126,7 +56,7 @@ def _stirling_error(z):
     series = -w * ((((c0 * w2 + c1) * w2 + c2) * w2 + c3) * w2 + c4)
     top = small + STEPS
     ratio = top / (small + ONE) * (top / (small + TWO))
-    back = (small + HALF) * _log1p(STEPS / small) + _log(ratio) - STEPS
+    back = (small + HALF) * _log1p(STEPS / small) + log(ratio) - STEPS
     return series + below * back
 
 
@@ -138,7 +68,7 @@ def _deviance(x, expected, difference):
     s2 = s * s
     tail = s * s2 * (((((c0 * s2 + c1) * s2 + c2) * s2 + c3) * s2 + c4) * s2 + c5)
     series = difference * s + TWO * x * tail
-    return series if abs(v) < NEAR else x * _log(x / expected) - difference
+    return series if abs(v) < NEAR else x * log(x / expected) - difference
 
 
 @inlined
@@ -152,7 +82,7 @@ def _digamma_excess(x, theta):
     squares = c12 - (a2 + b2) * c120 + (a2 * a2 + a2 * b2 + b2 * b2) * c252
     squares = squares - (a2 + b2) * (a2 * a2 + b2 * b2) * c240
     total = x + small
-    back = _log(small / (small + STEPS) * ((total + STEPS) / total))
+    back = log(small / (small + STEPS) * ((total + STEPS) / total))
     back += x / (small * total)
     back += x / ((small + ONE) * (total + ONE))
     back += x / ((small + TWO) * (total + TWO))
@@ -165,7 +95,7 @@ def _log_minus(ratio, t):
     c0, c1, c2, c3, c4, c5, c6, c7 = OF_LOG_MINUS
     series = ((((((c0 * s + c1) * s + c2) * s + c3) * s + c4) * s + c5) * s + c6) * s + c7
     series = series * s * s
-    return series if abs(t) < NEAR_LOG else _log(ratio) - t
+    return series if abs(t) < NEAR_LOG else log(ratio) - t
 
 
 @inlined
@@ -188,7 +118,7 @@ def _at_count(x, mean, theta):
     deviance = _deviance(x, mean * ratio, theta * t)
     deviance += _deviance(theta, theta * ratio, -theta * t)
     stirling = _stirling_error(total) - _stirling_error(theta) - _stirling_error(x)
-    value = stirling - deviance - HALF * _log(x * (total / theta)) - HALF_LOG_2PI
+    value = stirling - deviance - HALF * log(x * (total / theta)) - HALF_LOG_2PI
     by_theta = _digamma_excess(x, theta) + _log_minus(ratio, t)
     return value, t * (theta / mean), by_theta
 
@@ -197,7 +127,7 @@ def _at_count(x, mean, theta):
 def _gated(is_count, base, gate):
     """log p(x) from log NB(x) and the logits of the gate, and its slopes by the two."""
     h = _finite(gate)
-    of_base, of_gate = _exp(-abs(h - base)), _exp(-abs(h))
+    of_base, of_gate = exp(-abs(h - base)), exp(-abs(h))
     by_base, by_gate = ONE / (ONE + of_base), ONE / (ONE + of_gate)
     shut = by_gate if h > ZERO else of_gate * by_gate
     logarithm = _log1p(of_gate if is_count else (of_base - of_gate) * by_gate)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from pyro_scanvi.model import hidden_kernels, kernels
+from pyro_scanvi.model import hidden_kernels, kernels, normal_kernels
 from pyro_scanvi.model.growth import ByBatch, grows
 from pyro_scanvi.model.hidden_kernels import STEPS
 
@@ -320,13 +320,25 @@ class HiddenLayers(nn.Module):
         return torch.cat([x.expand(*shape, -1), covariates], dim=-1)
 
 
-def _both(first: nn.Linear, second: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
-    """Outputs of two layers of one input, which is read once."""
-    weight = torch.cat([first.weight, second.weight])
-    both = nn.functional.linear(x, weight, torch.cat([first.bias, second.bias])).to(
-        first.weight.dtype
-    )
-    return both.split([first.out_features, second.out_features], dim=-1)
+class _LocAndScale(Function):
+    """m and sqrt(exp(v) + eps) from (m, v), by kernels."""
+
+    @staticmethod
+    def forward(ctx, both: Tensor, eps: float):
+        loc, scale = normal_kernels.loc_and_scale(both, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(both, scale)
+        return loc, scale
+
+    @staticmethod
+    def backward(ctx, of_loc: Tensor, of_scale: Tensor):
+        both, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is to come
+            loc, raw = both.chunk(2, dim=-1)
+            again = torch.cat([loc, (raw.exp() + ctx.eps).sqrt()], dim=-1)
+            slope = torch.cat([of_loc, of_scale], dim=-1)
+            return *kernels.slopes_of_plain(again, [both], [True], slope), None
+        return normal_kernels.slopes_of_both(both, scale, of_loc, of_scale), None
 
 
 class NormalNetwork(nn.Module):
@@ -371,10 +383,19 @@ class NormalNetwork(nn.Module):
         """
         heads = self.mean, self.variance
         if mean is None and {type(h) for h in heads} == {Head} and not _are_heard(*heads):
-            loc, raw = _both(*heads, hidden)
+            both = self._both(hidden)
+            if self.var_activation is torch.exp and normal_kernels.are_rows(both):
+                return _LocAndScale.apply(both, self.var_eps)
+            loc, raw = both.chunk(2, dim=-1)
         else:
             loc, raw = (mean or self.mean)(hidden), self.variance(hidden)
         return loc, (self.var_activation(raw) + self.var_eps).sqrt()
+
+    def _both(self, hidden: Tensor) -> Tensor:
+        """Outputs of the two heads, beside one another, by one product: `hidden` is read once."""
+        weight = torch.cat([self.mean.weight, self.variance.weight])
+        bias = torch.cat([self.mean.bias, self.variance.bias])
+        return nn.functional.linear(hidden, weight, bias).to(self.mean.weight.dtype)
 
     def input_layers(self) -> list[nn.Module]:
         """The linear layers that read the input."""

@@ -24,7 +24,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import LogNormal, Normal, OneHotCategorical, TorchDistribution
+from pyro.distributions import LogNormal, OneHotCategorical, TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -62,6 +62,7 @@ from pyro_scanvi.model.likelihoods import (
     reads_label,
 )
 from pyro_scanvi.model.networks import CountDecoder, NormalNetwork
+from pyro_scanvi.model.normals import Normal
 from pyro_scanvi.model.pyro_internals import announce, checked_start, samples
 from pyro_scanvi.model.scvi_interface import PiecewiseInterface
 from pyro_scanvi.validation import InputError
