@@ -26,7 +26,10 @@ OPEN = (
     "leave it on the disk by ad.read_h5ad(path, backed='r') or ad.io.sparse_dataset(group['X']), "
     "or load the AnnData with adata.to_memory()"
 )
-LOAD = "; load the AnnData with adata.to_memory()"
+LOAD = (
+    "; load the AnnData with adata.to_memory(), or counts that annbatch reads with "
+    "adata.X = adata.X.to_memory()"
+)
 LARGEST_LOGARITHM = 30  # no log(1 + count) is larger
 ROUNDING_ERROR = 1e-3, 1e-5  # absolute and relative, of counts that went through a logarithm
 CELLS_LOOKED_AT = 100

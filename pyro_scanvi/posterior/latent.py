@@ -53,7 +53,8 @@ class LatentSpace(Trained):
         Raises
         ------
         InputError
-            For cells that do not fit the model, or `mc_samples` below 1.
+            For cells that do not fit the model, or whose state is not finite; for `mc_samples`
+            below 1.
         """
         check_at_least(1, mc_samples=mc_samples)
         covariates = self.module.encode_covariates
