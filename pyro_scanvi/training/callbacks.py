@@ -150,7 +150,8 @@ class LastGoodWeights(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: LightningObjective) -> None:
         """Keep the weights that training starts from."""
-        self.tensors = [*module.vae.parameters(), *module.vae.buffers()]
+        self.parameters = list(module.vae.parameters())
+        self.tensors = [*self.parameters, *module.vae.buffers()]
         self.kept = [tensor.detach().clone() for tensor in self.tensors]
 
     def on_before_optimizer_step(
@@ -161,7 +162,7 @@ class LastGoodWeights(Callback):
     ) -> None:
         """Keep the weights that gave this gradient, if it is finite."""
         # A sum is not finite where a term is not, and far faster than a look at each.
-        sums = [p.grad.sum() for p in module.vae.parameters() if p.grad is not None]
+        sums = [p.grad.sum() for p in self.parameters if p.grad is not None]
         if sums and not torch.stack(sums).isfinite().all():
             raise module.diagnose("gradient")
         with torch.no_grad():
