@@ -57,7 +57,7 @@ def slopes(kernel: Any, grad: Tensor, given: Any, wanted: Any) -> list[Tensor | 
     shape, rows = (*grad.shape, given[0].shape[-1]), [rows_of(t) for t in given]
     n = grad.numel()
     slope = grad.detach().reshape(-1).numpy()
-    found = [torch.zeros(r.shape).numpy() for r, _ in zip(rows, wanted, strict=False)]
+    found = [np.zeros_like(r) for r, _ in zip(rows, wanted, strict=False)]
     again = any(len(f) < n and w for f, w in zip(found, wanted, strict=True))
     # Rows that come again are summed, which threads would do over one another.
     over_rows(kernel, n, 1 if again else _n_threads(shape), slope, *rows, *wanted, *found)
@@ -66,8 +66,12 @@ def slopes(kernel: Any, grad: Tensor, given: Any, wanted: Any) -> list[Tensor | 
 
 
 def rows_of(t: Tensor) -> np.ndarray:
-    bare = unexpanded(t.detach())
-    return bare.reshape(-1, bare.shape[-1]).contiguous().numpy()
+    """Its rows, each once where it was expanded."""
+    return _all_rows(unexpanded(t))
+
+
+def _all_rows(t: Tensor) -> np.ndarray:
+    return t.detach().contiguous().view(-1, t.shape[-1]).numpy()
 
 
 def _n_threads(shape: Any) -> int:
@@ -204,15 +208,15 @@ def loc_and_scale(both: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """m and sqrt(exp(v) + eps) from (m, v), (..., 2 K) to (..., K) each."""
     width = both.shape[-1] // 2
     loc, scale = (both.new_empty(*both.shape[:-1], width) for _ in range(2))
-    given = rows_of(both), float32(eps), rows_of(loc), rows_of(scale)
-    over_rows(_parted, len(given[0]), _n_threads(both.shape), *given)
+    rows = _all_rows(both)
+    given = rows, float32(eps), _all_rows(loc), _all_rows(scale)
+    over_rows(_parted, len(rows), _n_threads(both.shape), *given)
     return loc, scale
 
 
 def slopes_of_both(both: Tensor, scale: Tensor, of_loc: Tensor, of_scale: Tensor) -> Tensor:
     """Of (m, v), from those of :func:`loc_and_scale`."""
-    found = torch.empty_like(both)
-    given = [t.contiguous() for t in (both, scale, of_loc, of_scale)]
-    rows = [t.detach().reshape(-1, t.shape[-1]).numpy() for t in (*given, found)]
+    found = torch.empty(both.shape, dtype=both.dtype)
+    rows = [_all_rows(t) for t in (both, scale, of_loc, of_scale, found)]
     over_rows(_joined, len(rows[0]), _n_threads(both.shape), *rows)
     return found
