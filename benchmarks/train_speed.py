@@ -18,6 +18,7 @@ from measuring.turns import measure
 OWN = {
     "pyro_scanvi": "",
     "pyro_scanvi, objective=ELBO()": "elbo",
+    "the same loss without Lightning": "without Lightning",
     "the same loss by hand": "by hand",
 }
 OTHERS = {"scvi-tools": "", "scvi-tools, fused Adam": "fused"}

@@ -4,10 +4,12 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anndata as ad
 import clock
+import pyro
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
@@ -50,6 +52,24 @@ def by_hand(model: SCANVI, minibatch: int) -> Callable[[int], None]:
 
     Networks, likelihood, minibatches and optimiser are those of the package.
     """
+    return in_a_bare_loop(model, minibatch, partial(loss_by_hand, model.module))
+
+
+def without_lightning(model: SCANVI, minibatch: int) -> Callable[[int], None]:
+    """ELBO() itself, by Pyro, in that bare loop; without Pyro's checks, as steps of training are."""
+    bound = ELBO()(model.module, Plan())
+
+    def loss(cells: Cells) -> Tensor:
+        with pyro.validation_enabled(False):
+            return bound.parts(cells).loss
+
+    return in_a_bare_loop(model, minibatch, loss)
+
+
+def in_a_bare_loop(
+    model: SCANVI, minibatch: int, loss_of: Callable[[Cells], Tensor]
+) -> Callable[[int], None]:
+    """Minibatches, a loss of each, and steps."""
     vae, data = model.module, model.fields.encode(model.adata)
     optimizer = Plan().make_optimizer(vae.parameters())
 
@@ -59,7 +79,7 @@ def by_hand(model: SCANVI, minibatch: int) -> Callable[[int], None]:
         for epoch in range(n_epochs):
             loader.sampler.set_epoch(epoch)
             for cells in loader:
-                loss = loss_by_hand(vae, cells)
+                loss = loss_of(cells)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -108,6 +128,7 @@ def predict(model: SCANVI, settings: dict[str, Any]) -> float:
 WAYS: dict[str, Callable[..., Callable[[int], None]]] = {
     "": by_train,
     "elbo": lambda model, minibatch: by_train(model, minibatch, objective=ELBO()),
+    "without Lightning": without_lightning,
     "by hand": by_hand,
 }
 PREDICTIONS: dict[str, Callable[[SCANVI], Any]] = {
