@@ -56,7 +56,7 @@ def by_hand(model: SCANVI, minibatch: int) -> Callable[[int], None]:
 
 
 def without_lightning(model: SCANVI, minibatch: int) -> Callable[[int], None]:
-    """ELBO() itself, by Pyro, in that bare loop; without Pyro's checks, as steps of training are."""
+    """ELBO() by Pyro in that bare loop; without its checks, as later epochs of training are."""
     bound = ELBO()(model.module, Plan())
 
     def loss(cells: Cells) -> Tensor:

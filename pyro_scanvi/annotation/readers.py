@@ -37,8 +37,9 @@ class Reader:
     bias: np.ndarray
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Log probability of each label, (N, L), from features (N, D)."""
-        return log_softmax(features @ self.weight.T + self.bias, axis=1)
+        """Log probability of each label, (N, L), from features (N, D), in whose type it reads."""
+        found = features @ self.weight.T.astype(features.dtype, copy=False)
+        return log_softmax(found + self.bias, axis=1)
 
 
 def fit_reader(

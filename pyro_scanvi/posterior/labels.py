@@ -347,7 +347,7 @@ class ByConsensus:
     def __call__(self, vae: SCANVAE, data: CellData, batch_size: int) -> np.ndarray:
         def probabilities(cells: Cells) -> Tensor:
             z = state_of(vae, cells, self.use_posterior_mean)
-            found = self.consensus(cells.x.cpu().double().numpy(), z.cpu().double().numpy())
+            found = self.consensus(cells.x.cpu().numpy(), z.cpu().double().numpy())
             soft = cells.x.new_tensor(found)
             return (soft.log() + vae.evidence(cells)).softmax(-1) if self.feed_labels else soft
 
