@@ -15,7 +15,7 @@ from numpy import float32
 from torch import Tensor
 
 from pyro_scanvi.model.elementary import HALF, INFINITE, ONE, ZERO, exp, log
-from pyro_scanvi.model.kernels import compiled, inlined, over_rows
+from pyro_scanvi.model.kernels import compiled, inlined, over_rows, rows_of
 
 # Numbers without a type are float64 to numba, and would halve what fits into a register.
 TWO, STEPS = float32(2), float32(3)
@@ -199,16 +199,9 @@ def zero_inflated(x: Tensor, mean: Tensor, theta: Tensor, gate_logits: Tensor) -
 def _filled(kernel: Callable, *arguments: Tensor) -> list[Tensor]:
     """What a kernel fills, a tensor for each argument, by as many threads as torch has."""
     shape = arguments[0].shape
-    rows = [_rows(t.detach()) for t in arguments]
+    rows = [rows_of(t) for t in arguments]
     n_rows = shape[:-1].numel()
     filled = [torch.empty(shape, dtype=torch.float32) for _ in arguments]
     results = [t.reshape(n_rows, -1).numpy() for t in filled]
     over_rows(kernel, n_rows, -(-shape.numel() // WORTH_A_THREAD), *rows, *results)
     return filled
-
-
-def _rows(t: Tensor) -> np.ndarray:
-    """As rows of genes, without the copies that expanding it has made of all of them."""
-    while t.dim() > 1 and t.stride(0) == 0:
-        t = t[0]
-    return t.reshape(-1, t.shape[-1] if t.dim() else 1).contiguous().numpy()

@@ -40,6 +40,19 @@ def serve(*arguments: Tensor) -> bool:
     )
 
 
+def unexpanded(t: Tensor) -> Tensor:
+    """Without the leading dimensions that it was expanded to."""
+    while t.dim() > 1 and t.stride(0) == 0:
+        t = t[0]
+    return t
+
+
+def rows_of(t: Tensor) -> np.ndarray:
+    """Its rows, without the copies that expanding it has made of all of them."""
+    bare = unexpanded(t.detach())
+    return bare.reshape(-1, bare.shape[-1] if bare.dim() else 1).contiguous().numpy()
+
+
 def over_rows(kernel: Callable, n_rows: int, n_threads: int, *arguments: Any) -> list[Any]:
     """What ``kernel(start, stop, *arguments)`` gives of all rows, by so many threads at most."""
     n_threads = max(1, min(torch.get_num_threads(), n_threads, n_rows))

@@ -13,7 +13,7 @@ from numpy import float32, float64
 from torch import Tensor
 
 from pyro_scanvi.model.elementary import HALF, ONE, exp, log
-from pyro_scanvi.model.kernels import compiled, inlined, over_rows, serve
+from pyro_scanvi.model.kernels import compiled, inlined, over_rows, rows_of, serve, unexpanded
 
 HALF_LOG_2PI = float32(0.5 * math.log(2 * math.pi))
 ROWS = 64  # at once: registers are filled over the ends of short rows
@@ -36,13 +36,6 @@ def are_rows(*given: Tensor) -> bool:
     )
 
 
-def unexpanded(t: Tensor) -> Tensor:
-    """Without the leading dimensions that it was expanded to."""
-    while t.dim() > 1 and t.stride(0) == 0:
-        t = t[0]
-    return t
-
-
 def by_row(kernel: Any, *given: Tensor) -> Tensor:
     """A number for each row."""
     shape = torch.broadcast_shapes(*(t.shape for t in given))
@@ -63,11 +56,6 @@ def slopes(kernel: Any, grad: Tensor, given: Any, wanted: Any) -> list[Tensor | 
     over_rows(kernel, n, 1 if again else _n_threads(shape), slope, *rows, *wanted, *found)
     pairs = zip(found, given, wanted, strict=False)
     return [torch.from_numpy(f).reshape(t.shape) if w else None for f, t, w in pairs]
-
-
-def rows_of(t: Tensor) -> np.ndarray:
-    """Its rows, each once where it was expanded."""
-    return _all_rows(unexpanded(t))
 
 
 def _all_rows(t: Tensor) -> np.ndarray:

@@ -28,9 +28,9 @@ class Normal(PyroNormal):
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Independent:
         """As Pyro's."""
-        event = super().to_event(reinterpreted_batch_ndims)
-        vector = isinstance(event, Independent) and event.reinterpreted_batch_ndims == 1
-        return NormalVector(self, 1) if vector else event
+        n = reinterpreted_batch_ndims
+        n = len(self.batch_shape) if n is None else n
+        return NormalVector(self, 1) if n == 1 else super().to_event(n)
 
 
 class NormalVector(Independent):
